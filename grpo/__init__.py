@@ -1,0 +1,1 @@
+"""GRPO as pure functions: sampler, advantages, objective, rewards, data, models, run directory."""
