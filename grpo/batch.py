@@ -1,0 +1,103 @@
+"""From ragged token ids to padded tensors. Ids go in and ids come out; every mask is made from lengths.
+
+A sequence is its prompt followed at once by its completion, padded on the right. Under causal attention nothing
+real looks right, so no attention mask is needed, positions are 0, 1, 2, ..., and padding cannot change a value.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from grpo.distributed import World, all_sum
+
+
+class MicroBatch(NamedTuple):
+    """Some whole sequences of an optimizer step, as tensors on one device. `time` counts completion tokens."""
+
+    ids: torch.Tensor
+    """[batch, prompt + time] int64, prompt then completion, padded on the right"""
+    prompt_lengths: torch.Tensor
+    """[batch] int64"""
+    mask: torch.Tensor
+    """[batch, time] float32, 1 at completion tokens, the EOS included"""
+    sampler_logps: torch.Tensor
+    """[batch, time] float32, nats, the engine's log-probabilities; 0 at padding"""
+    advantages: torch.Tensor
+    """[batch] float32"""
+    index: list[int]
+    """which sequences of the step these are"""
+
+
+def micro_batches(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    sampler_logps: Sequence[Sequence[float]],
+    advantages: torch.Tensor,
+    *,
+    max_tokens: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    keep: Sequence[bool] | None = None,
+) -> list[MicroBatch]:
+    """Cut a step's sequences into micro-batches of at most `max_tokens` padded tokens (at least one sequence).
+
+    prompts, completions, sampler_logps: one entry a sequence. advantages: [sequences] float32.
+    keep: sequences to take (None: all); what is left out still counts in the step's averages, if the caller
+    counts it (`step_counts`). The longest sequences come first: memory that does not suffice shows at once,
+    and neighbours in length share a micro-batch, so little is padding.
+    Raises ValueError where the lists differ in length, or a prompt or completion is empty."""
+    n = len(prompts)
+    if not len(completions) == len(sampler_logps) == len(advantages) == n:
+        raise ValueError(
+            f"{n} prompts, {len(completions)} completions, {len(sampler_logps)} lists of log-probabilities "
+            f"and {len(advantages)} advantages: one of each a sequence is needed"
+        )
+    for i in range(n):
+        if not prompts[i] or not completions[i]:
+            raise ValueError(f"sequence {i} has an empty {'completion' if prompts[i] else 'prompt'}")
+        if len(completions[i]) != len(sampler_logps[i]):
+            raise ValueError(f"sequence {i} has {len(completions[i])} tokens but {len(sampler_logps[i])} log-probabilities")
+
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
+    order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [_collate(prompts, completions, sampler_logps, advantages, group, pad_id, device) for group in groups]
+
+
+def _collate(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    sampler_logps: Sequence[Sequence[float]],
+    advantages: torch.Tensor,
+    group: list[int],
+    pad_id: int,
+    device: torch.device | str,
+) -> MicroBatch:
+    width = max(len(prompts[i]) + len(completions[i]) for i in group)
+    time = max(len(completions[i]) for i in group)
+    ids = torch.full((len(group), width), pad_id)
+    mask = torch.zeros(len(group), time)
+    logps = torch.zeros(len(group), time)
+    for row, i in enumerate(group):
+        p, c = len(prompts[i]), len(completions[i])
+        ids[row, : p + c] = torch.tensor([*prompts[i], *completions[i]])
+        mask[row, :c] = 1.0
+        logps[row, :c] = torch.tensor(sampler_logps[i])
+    lengths = torch.tensor([len(prompts[i]) for i in group])
+    tensors = (ids, lengths, mask, logps, advantages[group].float())
+    return MicroBatch(*(t.to(device) for t in tensors), index=group)
+
+
+def step_counts(completions: Sequence[Sequence[int]], world: World | None = None) -> tuple[int, int]:
+    """(completion tokens, sequences) of the whole optimizer step, over all ranks: what every loss is divided by,
+    so that micro-batches and ranks add up to exactly the gradient of one big batch."""
+    world = world or World()
+    counts = torch.tensor([sum(len(c) for c in completions), len(completions)], device=world.device)
+    tokens, sequences = all_sum(counts, world).tolist()
+    return tokens, sequences

@@ -1,0 +1,56 @@
+"""The few collectives GRPO needs. Every quantity is a function of rank and world size; alone, each is the identity."""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class World(NamedTuple):
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+def init_distributed() -> World:
+    """The processes `torchrun` started (its environment variables say so), or this one alone.
+
+    One process drives one GPU (`LOCAL_RANK`), over NCCL; without a GPU they are CPU processes over gloo."""
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def all_sum(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The elementwise sum over ranks of a tensor of one shape on every rank; a new tensor."""
+    values = values.clone()
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
+    """Sum `.grad` over ranks in place. Sum, not mean: each rank's loss is already divided by the counts of the
+    whole optimizer step, so the sum is the gradient of the one big batch. A rank whose micro-batches were
+    empty takes part with zeros."""
+    if world.size == 1:
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1).float() for g in gradients])  # one collective, not one a parameter
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(total.view_as(gradient))

@@ -1,0 +1,49 @@
+"""Log-probabilities of completion tokens under a causal language model, without ever holding all its logits."""
+
+from typing import Any
+
+import torch
+from grpo_kernels.linear_logprob import linear_logprob
+from peft import PeftModel
+from torch import nn
+
+from grpo.batch import MicroBatch
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model (itself where there is none)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def last_hidden(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
+    """The backbone's output (its `last_hidden_state`: [batch, time, hidden], after the final norm), without the head.
+
+    On CUDA under bf16 autocast: the adapter's master weights are fp32, the products are not."""
+    backbone = causal_lm(model).base_model
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        return backbone(input_ids=ids, **inputs)
+
+
+def completion_logps(
+    model: nn.Module, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy at every completion token: log softmax(logits / temperature)[token].
+
+    Returns (logps, entropy), each [batch, time] float32, nats, 0 at padding. logps is differentiable in the
+    model's trainable weights; entropy too if `entropy_grad`. Only completion positions pass the head.
+    temperature must be the sampler's (> 0), or the ratio of trainer to sampler is not 1 on policy."""
+    hidden = last_hidden(model, batch.ids, use_cache=False).last_hidden_state
+    row, time = batch.mask.nonzero(as_tuple=True)
+    position = batch.prompt_lengths[row] + time  # of the token itself; position - 1 predicts it
+    head = causal_lm(model).get_output_embeddings()
+    logps, entropy = linear_logprob(
+        hidden[row, position - 1],
+        head.weight,
+        batch.ids[row, position],
+        temperature=temperature,
+        softcap=getattr(causal_lm(model).config, "final_logit_softcapping", None),
+        bias=getattr(head, "bias", None),
+        entropy_grad=entropy_grad,
+    )
+    empty = logps.new_zeros(batch.mask.shape)
+    return empty.index_put((row, time), logps), empty.index_put((row, time), entropy)
