@@ -57,7 +57,8 @@ def micro_batches(
         if not prompts[i] or not completions[i]:
             raise ValueError(f"sequence {i} has an empty {'completion' if prompts[i] else 'prompt'}")
         if len(completions[i]) != len(sampler_logps[i]):
-            raise ValueError(f"sequence {i} has {len(completions[i])} tokens but {len(sampler_logps[i])} log-probabilities")
+            tokens, logps = len(completions[i]), len(sampler_logps[i])
+            raise ValueError(f"sequence {i} has {tokens} tokens but {logps} log-probabilities")
 
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
     order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: -lengths[i])

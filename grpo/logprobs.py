@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from grpo_kernels.linear_logprob import linear_logprob
 from peft import PeftModel
 from torch import nn
 
 from grpo.batch import MicroBatch
+from grpo_kernels.linear_logprob import linear_logprob
 
 
 def causal_lm(model: nn.Module) -> Any:

@@ -19,7 +19,7 @@ def prompt_indices(
         raise ValueError("no training questions: the data set is empty after filtering; check --data and the lengths")
     if prompts_per_step < 1 or prompts_per_step % world_size:
         raise ValueError(
-            f"--prompts-per-step {prompts_per_step} must be a positive multiple of the number of processes ({world_size})"
+            f"--prompts-per-step {prompts_per_step} must be a positive multiple of the {world_size} processes"
         )
     positions = range(step * prompts_per_step + rank, (step + 1) * prompts_per_step, world_size)
     shuffles: dict[int, list[int]] = {}

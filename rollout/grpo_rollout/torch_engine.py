@@ -1,9 +1,12 @@
 """An engine in plain PyTorch that runs anywhere, on the trainer's own model: nothing to copy, nothing to sync."""
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -16,14 +19,23 @@ class TorchEngine:
 
     eos_ids: any of them ends a completion. pad_id: fills the left of short prompts; any id will do.
     max_tokens_in_flight: prompt and completion tokens of one decoding batch at most, which bounds the KV cache;
-    requests are taken longest prompt first and split into such batches."""
+    requests are taken longest prompt first and split into such batches.
+    dequantize: decode with a 16 or 32-bit copy of the 4-bit weights: the same values (bitsandbytes dequantises
+    at every product anyway) and the same adapter, faster, for 4 to 8 times the memory of the weights."""
 
     def __init__(
-        self, model: nn.Module, *, eos_ids: Sequence[int], pad_id: int = 0, max_tokens_in_flight: int = 65_536
+        self,
+        model: nn.Module,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int = 0,
+        max_tokens_in_flight: int = 65_536,
+        dequantize: bool = False,
     ) -> None:
         if not eos_ids:
             raise ValueError("eos_ids is empty: without an EOS id every completion would run to max_tokens")
         self.model = model
+        self.sampler = dequantized(model) if dequantize else model
         self.eos_ids = sorted(set(eos_ids))
         self.pad_id = pad_id
         self.max_tokens_in_flight = max_tokens_in_flight
@@ -46,7 +58,7 @@ class TorchEngine:
         out: list[Completion | None] = [None] * len(order)
         placed = [0] * len(prompts)
         generator = torch.Generator(device).manual_seed(seed)
-        with _evaluating(self.model), torch.no_grad():
+        with _evaluating(self.sampler), torch.no_grad():
             start = 0
             while start < len(order):
                 rows = max(1, self.max_tokens_in_flight // (len(prompts[order[start]]) + sampling.max_tokens))
@@ -57,9 +69,7 @@ class TorchEngine:
                 start += rows
         return [c for c in out if c is not None]
 
-    def _decode(
-        self, prompts: list[Sequence[int]], sampling: Sampling, generator: torch.Generator
-    ) -> list[Completion]:
+    def _decode(self, prompts: list[Sequence[int]], sampling: Sampling, generator: torch.Generator) -> list[Completion]:
         """One batch, to the end. Neighbours with the same prompt share its prefill."""
         device = generator.device
         distinct: list[Sequence[int]] = []
@@ -111,7 +121,7 @@ class TorchEngine:
     ) -> torch.Tensor:
         """[rows, vocab] float32 logits after the last column; the cache grows by the columns of ids."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-            output: Any = self.model(
+            output: Any = self.sampler(
                 input_ids=ids,
                 attention_mask=attention,
                 position_ids=positions,
@@ -120,6 +130,22 @@ class TorchEngine:
                 logits_to_keep=1,
             )
         return output.logits[:, -1].float()
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters, but for the 4-bit linear layers, which become dense copies in
+    their compute dtype. The adapter is shared, not copied: training it changes both."""
+    shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.to(child.compute_dtype or weight.dtype), requires_grad=False)
+                linear.bias = child.bias
+                setattr(module, name, linear)
+    return twin
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -134,9 +160,7 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError(f"top_k {sampling.top_k} is negative; 0 turns it off")
 
 
-def sample(
-    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row and its log-probability under the distribution sampled from.
 
     logits: [rows, vocab] float32. Returns (token [rows] int64, logp [rows] float32, nats). temperature 0 takes

@@ -1,0 +1,81 @@
+"""Tiny random models of the supported architectures, with a word-level tokenizer and a chat template."""
+
+import os
+
+# Triton decides at import whether kernels are compiled or interpreted: without a GPU they are interpreted.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+ARCHITECTURES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }} <end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def write_model(folder, architecture: str = "llama", *, seed: int = 0, **settings):
+    """A random model of the architecture as a transformers folder: hidden 64, 2 layers, 64 words, fp32."""
+    torch.manual_seed(seed)
+    config = ARCHITECTURES[architecture](
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.2,  # peaked enough that a wrong position or mask shows
+        **settings,
+    )
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    model.generation_config.eos_token_id = [2, 3]
+    model.save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<end>": 3, "<unk>": 4, "system": 5, "user": 6, "assistant": 7}
+    vocabulary |= {f"w{i}": i for i in range(8, 64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<end>"],
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A function from architecture to the folder of its tiny model, made once a session."""
+    made = {}
+
+    def folder(architecture: str = "llama") -> str:
+        if architecture not in made:
+            made[architecture] = str(write_model(tmp_path_factory.mktemp(architecture), architecture))
+        return made[architecture]
+
+    return folder

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from grpo.batch import micro_batches, step_counts
+
+PROMPTS = [[1, 5], [1, 6, 7], [1], [1, 5, 6, 7]]
+COMPLETIONS = [[8, 2], [9, 10, 11, 2], [12], [2]]
+LOGPS = [[-0.1, -0.2], [-0.3, -0.4, -0.5, -0.6], [-0.7], [-0.8]]
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 0.5])
+
+
+def cut(max_tokens, **kw):
+    return micro_batches(PROMPTS, COMPLETIONS, LOGPS, ADVANTAGES, max_tokens=max_tokens, pad_id=0, **kw)
+
+
+def test_layout():
+    """EOS (2) is a completion token like any other, also where it equals nothing but padding elsewhere."""
+    (micro,) = cut(1000)
+    assert micro.index == [1, 3, 0, 2]  # longest first
+    assert micro.ids.tolist() == [
+        [1, 6, 7, 9, 10, 11, 2],
+        [1, 5, 6, 7, 2, 0, 0],
+        [1, 5, 8, 2, 0, 0, 0],
+        [1, 12, 0, 0, 0, 0, 0],
+    ]
+    assert micro.prompt_lengths.tolist() == [3, 4, 2, 1]
+    assert micro.mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert torch.equal(micro.sampler_logps[2], torch.tensor([-0.1, -0.2, 0.0, 0.0]))
+    assert micro.advantages.tolist() == [-1.0, 0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("max_tokens", "sizes"), [(1, [1, 1, 1, 1]), (10, [1, 2, 1]), (14, [2, 2]), (28, [4])])
+def test_budget(max_tokens, sizes):
+    micros = cut(max_tokens)
+    assert [len(m.index) for m in micros] == sizes
+    assert sorted(i for m in micros for i in m.index) == [0, 1, 2, 3]
+    assert all(m.ids.numel() <= max_tokens or len(m.index) == 1 for m in micros)
+
+
+def test_keep_leaves_out():
+    micros = cut(1000, keep=[True, False, False, True])
+    assert [m.index for m in micros] == [[3, 0]]
+
+
+def test_counts():
+    assert step_counts(COMPLETIONS) == (8, 4)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="4 prompts, 3 completions"):
+        micro_batches(PROMPTS, COMPLETIONS[:3], LOGPS, ADVANTAGES, max_tokens=9, pad_id=0)
+    with pytest.raises(ValueError, match="sequence 1 has 2 tokens but 4 log-prob"):
+        micro_batches(PROMPTS, [[8, 2], [1, 2], [12], [2]], LOGPS, ADVANTAGES, max_tokens=9, pad_id=0)
+    with pytest.raises(ValueError, match="sequence 2 has an empty completion"):
+        micro_batches(PROMPTS, [[8, 2], [9, 10, 11, 2], [], [2]], LOGPS, ADVANTAGES, max_tokens=9, pad_id=0)

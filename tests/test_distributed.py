@@ -1,0 +1,80 @@
+"""Two gloo processes against one: the same counts and the same summed gradient."""
+
+import os
+import socket
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from grpo.batch import micro_batches, step_counts
+from grpo.distributed import World, all_sum, init_distributed, sum_gradients
+from grpo.logprobs import completion_logps
+from grpo.objective import policy_loss
+
+PROMPTS = [[1, 9], [1, 10, 11], [1, 12], [1, 13, 14, 15], [1, 20], [1, 21]]
+COMPLETIONS = [[20, 2], [30, 31, 32, 2], [40], [41, 42, 2], [50, 51, 52], [53, 2]]
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+
+
+def gradient(world: World, folder: str, loss: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    mine = range(world.rank, len(PROMPTS), world.size)
+    prompts, completions = [PROMPTS[i] for i in mine], [COMPLETIONS[i] for i in mine]
+    logps = [[-1.0] * len(c) for c in completions]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens, sequences = step_counts(completions, world)
+    for micro in micro_batches(prompts, completions, logps, ADVANTAGES[list(mine)], max_tokens=12, pad_id=0):
+        new, _ = completion_logps(model, micro)
+        value, _ = policy_loss(
+            new,
+            new.detach() - 0.1,
+            micro.advantages,
+            micro.mask,
+            loss=loss,
+            token_count=tokens,
+            sequence_count=sequences,
+        )
+        value.backward()
+    parameters = list(model.model.parameters())
+    sum_gradients(parameters, world)
+    return torch.cat([p.grad.flatten() for p in parameters]), (tokens, sequences)
+
+
+def worker(rank: int, port: int, folder: str, out: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = init_distributed()
+    assert world[:2] == (rank, 2)
+    assert all_sum(torch.tensor([rank, 5]), world).tolist() == [1, 10]
+    idle = nn.Parameter(torch.zeros(2))  # a rank without work takes part with zeros
+    if rank == 0:
+        idle.grad = torch.tensor([1.0, 2.0])
+    sum_gradients([idle], world)
+    assert idle.grad.tolist() == [1.0, 2.0]
+    torch.save([gradient(world, folder, loss) for loss in ("grpo", "dapo")], f"{out}/{rank}.pt")
+
+
+def test_two_ranks_make_the_gradient_of_one(model_folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder = model_folder("llama")
+    mp.spawn(worker, args=(port, folder, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    for i, loss in enumerate(("grpo", "dapo")):
+        alone, counts = gradient(World(), folder, loss)
+        assert counts == (16, 6)
+        for rank in ranks:
+            assert rank[i][1] == counts
+            torch.testing.assert_close(rank[i][0], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_alone_is_the_identity():
+    world = World()
+    assert all_sum(torch.tensor([3]), world).tolist() == [3]
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.ones(1)
+    sum_gradients([p], world)
+    assert p.grad.item() == 1.0
