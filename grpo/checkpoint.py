@@ -88,8 +88,9 @@ def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of the generators of Python, NumPy, torch's CPU and, where `device` is one, the GPU."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -97,16 +98,11 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     """The inverse of `rng_state`. A GPU state is passed over on a machine without one."""
-    random.setstate(_tuples(state["python"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 # --------------------------------------------------------------------------------------------- the trainable weights

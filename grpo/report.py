@@ -1,7 +1,7 @@
 """A run's curves as PNG, and report.html: one file without links or scripts, to open in any browser or to send."""
 
+import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 # Panels of rewards.png: the title, and the metrics drawn together. One without data is left out.
 PANELS = (
     ("reward", ("reward",)),
-    ("pass@1", ("pass@1", "eval/pass@1")),
+    ("pass@1", ("pass_at_1", "eval/pass_at_1")),
     ("length, tokens", ("length",)),
     ("truncated, zero-variance and clipped shares", ("truncated", "zero_variance", "clip_share")),
     ("KL to the reference, nats a token", ("kl",)),
@@ -27,7 +27,7 @@ table { border-collapse: collapse; } td, th { padding: .2em .8em; border: 1px so
 .samples > div { border: 1px solid #ddd; border-radius: 4px; padding: .6em; min-width: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-size: 13px; }
 .alarm { background: #fff3cd; border-left: 4px solid #e0a800; padding: .5em 1em; }
-svg { max-width: 100%; height: auto; } small { color: #666; }
+img { max-width: 100%; height: auto; } small { color: #666; }
 """
 
 
@@ -44,8 +44,11 @@ def _figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
     panels = [(label, [(n, *series(n)) for n in names if series(n)[0]]) for label, names in PANELS]
     panels = [(label, curves) for label, curves in panels if curves]
     rows = max(1, -(-len(panels) // 3))
-    figure = Figure(figsize=(13, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(13, 3.1 * rows))
     figure.suptitle(title)
+    # Margins in inches, as shares of the figure: matplotlib's automatic layouts take longer than the drawing.
+    height = 3.1 * rows
+    figure.subplots_adjust(0.05, 0.35 / height, 0.99, 1 - 0.65 / height, wspace=0.18, hspace=0.32)
     axes = figure.subplots(rows, 3, squeeze=False)
     for i, axis in enumerate(axes.flat):
         if i >= len(panels):
@@ -58,6 +61,7 @@ def _figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
         if len(curves) > 1:
             axis.legend(fontsize=8)
         axis.set_title(label, fontsize=10)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     return figure
 
@@ -72,12 +76,12 @@ def write_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_report(directory: Path, history: Sequence[Mapping[str, Any]], alarms: Sequence[str]) -> None:
-    """Write `directory`/report.html from run.json, the metrics and completions/: alarms, results, curves (inline
-    SVG), samples side by side, arguments. Everything a model wrote is escaped."""
+    """Write `directory`/report.html from run.json, the metrics and completions/: alarms, results, curves (an
+    inline copy of rewards.png), samples side by side, arguments. Everything a model wrote is escaped."""
     record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     body = [f"<h1>{html.escape(directory.name)}</h1>", f"<pre>{html.escape(record['command'])}</pre>"]
     body += [f'<p class="alarm">{html.escape(text)}</p>' for text in alarms]
-    body += ["<h2>Results</h2>", _results(history), "<h2>Curves</h2>", _svg(history, directory.name)]
+    body += ["<h2>Results</h2>", _results(history), "<h2>Curves</h2>", _image(directory / "rewards.png")]
     body += _before_and_after(directory / "completions") + _training_samples(directory / "completions")
     shown = {k: v for k, v in record.items() if k not in ("command", "argv", "results")}
     body += [f"<details><summary>run.json</summary><pre>{html.escape(json.dumps(shown, indent=2))}</pre></details>"]
@@ -90,11 +94,11 @@ def write_report(directory: Path, history: Sequence[Mapping[str, Any]], alarms: 
     temporary.replace(directory / "report.html")
 
 
-def _svg(history: Sequence[Mapping[str, Any]], title: str) -> str:
-    buffer = io.StringIO()
-    _figure(history, title).savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def _image(path: Path) -> str:
+    """An image tag that holds the PNG itself."""
+    if not path.exists():
+        return "<p>no curves yet</p>"
+    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def _results(history: Sequence[Mapping[str, Any]]) -> str:

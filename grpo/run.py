@@ -93,7 +93,7 @@ class Run:
     _view: View | None = None
     _phases: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
-    _refreshed: float = -math.inf
+    _refresh_at: float = 0.0
     _nonfinite_in_a_row: int = 0
     _raised: set[str] = field(default_factory=set)
     _total: int = 0
@@ -161,7 +161,7 @@ class Run:
             if name in metrics:
                 raise ValueError(f"metric {name!r}: the name is reserved; choose another")
         values = {name: _number(name, value) for name, value in metrics.items()}
-        line = {"schema": SCHEMA, "step": step, **values, "skipped_steps": self.skipped_steps}
+        line: dict[str, Any] = {"schema": SCHEMA, "step": step, **values, "skipped_steps": self.skipped_steps}
         line["times"] = self._times(values.get("tokens"))
         self._append(json.dumps(line, allow_nan=False) + "\n")
         self.history.append(line)
@@ -173,7 +173,7 @@ class Run:
         for name in current.keys() - self._raised:
             self.say(f"warning: step {step}: {current[name]}")
         self._raised = set(current)
-        if time.perf_counter() - self._refreshed > self.refresh_seconds:
+        if time.perf_counter() > self._refresh_at:
             self.refresh()
         self._reset_clock()
 
@@ -268,7 +268,6 @@ class Run:
             os.fsync(self._metrics.fileno())
             save_checkpoint(folder, step, model, optimizer, scheduler, rng=rng, state=state, score=score)
             prune_checkpoints(folder, self.keep)
-            self.refresh()
 
     def finish(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Write adapter/ (loads in peft, transformers and vLLM), the curves, the report, and close the run."""
@@ -321,10 +320,12 @@ class Run:
         """Redraw rewards.png and report.html."""
         if not self.writes or not self.history:
             return
+        begin = time.perf_counter()
         with self._disk_may_be_full("rewards.png and report.html"):
             write_curves(self.directory / "rewards.png", self.history)
             write_report(self.directory, self.history, list(alarms(self.history).values()))
-        self._refreshed = time.perf_counter()
+        end = time.perf_counter()
+        self._refresh_at = end + max(self.refresh_seconds, 50 * (end - begin))  # at most 2% of the run's time
 
     # ---------------------------------------------------------------------------------------------------- within
 
@@ -446,7 +447,7 @@ def start_run(
     recipe: Path,
     world: World | None = None,
     keep: int = 3,
-    best: str = "eval/pass@1",
+    best: str = "eval/pass_at_1",
     completions_every: int = 10,
     refresh_seconds: float = 30.0,
     max_nonfinite: int = 5,
@@ -459,7 +460,7 @@ def start_run(
     `Run.save_completions`, `Run.guard_finite`. refresh_seconds: between redrawings of the curves and the report.
     Raises ValueError, naming the flag, for a directory that exists, one that cannot be resumed or is in use."""
     world = world or World()
-    options = {
+    options: dict[str, Any] = {
         "keep": keep,
         "best": best,
         "completions_every": completions_every,

@@ -12,8 +12,8 @@ from rich.table import Table
 # (metric, format) in the order shown; a metric the recipe does not log is left out. Names: docs/runs.md.
 SHOWN = (
     ("reward", ".3f"),
-    ("pass@1", ".3f"),
-    ("eval/pass@1", ".3f"),
+    ("pass_at_1", ".3f"),
+    ("eval/pass_at_1", ".3f"),
     ("length", ".1f"),
     ("truncated", ".2f"),
     ("kl", ".4f"),
