@@ -1,0 +1,36 @@
+# On a fresh machine (Python 3.11+): `make quickstart` sets up and runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+# Processes that share the cores are faster with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.PHONY: quickstart test lint types setup
+
+quickstart: setup
+	$(BIN)/python recipes/quickstart_grpo.py
+
+test: lint types
+	$(PYTEST) -n 2
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy grpo kernels/grpo_kernels rollout/grpo_rollout
+
+setup: $(VENV)/.run
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@ $(VENV)/.run
