@@ -25,7 +25,7 @@ class MicroBatch(NamedTuple):
     """[batch, time] float32, nats, the engine's log-probabilities; 0 at padding"""
     advantages: torch.Tensor
     """[batch] float32"""
-    index: list[int]
+    sequences: list[int]
     """which sequences of the step these are"""
 
 
@@ -91,8 +91,14 @@ def _collate(
         mask[row, :c] = 1.0
         logps[row, :c] = torch.tensor(sampler_logps[i])
     lengths = torch.tensor([len(prompts[i]) for i in group])
-    tensors = (ids, lengths, mask, logps, advantages[group].float())
-    return MicroBatch(*(t.to(device) for t in tensors), index=group)
+    return MicroBatch(
+        ids.to(device),
+        lengths.to(device),
+        mask.to(device),
+        logps.to(device),
+        advantages[group].float().to(device),
+        group,
+    )
 
 
 def step_counts(completions: Sequence[Sequence[int]], world: World | None = None) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def _gguf_folder(path: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    fresh = type(loaded)(type(loaded.config)(**settings))
+    fresh: Any = type(loaded)(type(loaded.config)(**settings))
     fresh.load_state_dict(loaded.state_dict(), strict=True)
     fresh.tie_weights()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def load_policy(
     model: str,
     *,
     lora_rank: int,
-    lora_alpha: float | None = None,
+    lora_alpha: int | None = None,
     lora_targets: str = "all-linear",
     adapter: str | None = None,
     load_in_4bit: bool = True,

@@ -16,7 +16,7 @@ def cut(max_tokens, **kw):
 def test_layout():
     """EOS (2) is a completion token like any other, also where it equals nothing but padding elsewhere."""
     (micro,) = cut(1000)
-    assert micro.index == [1, 3, 0, 2]  # longest first
+    assert micro.sequences == [1, 3, 0, 2]  # longest first
     assert micro.ids.tolist() == [
         [1, 6, 7, 9, 10, 11, 2],
         [1, 5, 6, 7, 2, 0, 0],
@@ -32,14 +32,14 @@ def test_layout():
 @pytest.mark.parametrize(("max_tokens", "sizes"), [(1, [1, 1, 1, 1]), (10, [1, 2, 1]), (14, [2, 2]), (28, [4])])
 def test_budget(max_tokens, sizes):
     micros = cut(max_tokens)
-    assert [len(m.index) for m in micros] == sizes
-    assert sorted(i for m in micros for i in m.index) == [0, 1, 2, 3]
-    assert all(m.ids.numel() <= max_tokens or len(m.index) == 1 for m in micros)
+    assert [len(m.sequences) for m in micros] == sizes
+    assert sorted(i for m in micros for i in m.sequences) == [0, 1, 2, 3]
+    assert all(m.ids.numel() <= max_tokens or len(m.sequences) == 1 for m in micros)
 
 
 def test_keep_leaves_out():
     micros = cut(1000, keep=[True, False, False, True])
-    assert [m.index for m in micros] == [[3, 0]]
+    assert [m.sequences for m in micros] == [[3, 0]]
 
 
 def test_counts():

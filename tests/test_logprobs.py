@@ -41,7 +41,7 @@ def test_values(model_folder, architecture, temperature):
         with torch.no_grad():
             got, entropy = completion_logps(model, micro, temperature=temperature)
         assert got.dtype == entropy.dtype == torch.float32
-        for row, i in enumerate(micro.index):
+        for row, i in enumerate(micro.sequences):
             n = len(COMPLETIONS[i])
             torch.testing.assert_close(got[row, :n].double(), logps[i], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(entropy[row, :n].double(), entropies[i], rtol=1e-5, atol=1e-5)

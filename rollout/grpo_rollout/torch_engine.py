@@ -140,7 +140,8 @@ def dequantized(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
-                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                packed: Any = child.weight
+                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
                 linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
                 linear.weight = nn.Parameter(weight.to(child.compute_dtype or weight.dtype), requires_grad=False)
                 linear.bias = child.bias
