@@ -1,7 +1,7 @@
 """The few collectives GRPO needs. Every quantity is a function of rank and world size; alone, each is the identity."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,3 +54,26 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> Non
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(total.view_as(gradient))
+
+
+def all_means(columns: Mapping[str, Sequence[float | None]], world: World) -> dict[str, float]:
+    """The mean of each column over all ranks' entries, None left out; NaN for a column without any.
+
+    Every rank must call it with the same names; the columns may differ in length."""
+    found = [[v for v in column if v is not None] for column in columns.values()]
+    sums = torch.tensor([[sum(f), len(f)] for f in found], dtype=torch.float64)
+    totals = all_sum(sums.to(world.device), world).tolist()
+    return {name: total / count if count else float("nan") for name, (total, count) in zip(columns, totals)}
+
+
+def all_metrics(metrics: Mapping[str, float], world: World) -> dict[str, float]:
+    """The metrics of the whole step from each rank's share of them: summed, those named "..._max" by their maximum.
+    (`grpo.objective.policy_loss` divides by the counts of the whole step, so shares add up.)"""
+    if world.size == 1:
+        return dict(metrics)
+    everyone: list[dict[str, float]] = [{} for _ in range(world.size)]
+    dist.all_gather_object(everyone, dict(metrics))  # a rank without micro-batches has none
+    names = dict.fromkeys(name for each in everyone for name in each)
+    return {
+        name: (max if name.endswith("_max") else sum)(each[name] for each in everyone if name in each) for name in names
+    }

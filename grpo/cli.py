@@ -1,0 +1,59 @@
+"""What every recipe's command line has in common: checks before anything expensive, and errors in one line."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_AT_LEAST = {
+    "steps": (1, "optimizer steps to do"),
+    "group_size": (2, "an answer is compared with its group's mean, so a group needs two"),
+    "prompts_per_step": (1, "questions a step"),
+    "num_iterations": (1, "optimizer steps on one batch"),
+    "max_prompt_tokens": (1, "tokens of the longest prompt"),
+    "max_completion_tokens": (1, "tokens an answer may take"),
+    "micro_batch_tokens": (1, "padded tokens of one forward pass"),
+    "lora_rank": (1, "rank of the adapter"),
+    "lora_alpha": (1, "the adapter's scaling is alpha / rank"),
+    "eval_every": (0, "0 evaluates only before and after"),
+    "eval_questions": (1, "held-out questions"),
+    "save_every": (0, "0 saves only at the end"),
+    "seed": (0, "a seed is not negative"),
+}
+_ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm")
+
+
+def check_args(args: Any) -> None:
+    """Raise ValueError for a number that cannot work, naming the flag and the least that does. Only the fields that
+    the recipe has are looked at."""
+    for field, (least, why) in _AT_LEAST.items():
+        value = getattr(args, field, least)
+        if value < least:
+            raise ValueError(f"{_flag(field)} {value} is too small: at least {least} ({why})")
+    for field in _ABOVE_ZERO:
+        value = getattr(args, field, 1.0)
+        if not value > 0:
+            raise ValueError(f"{_flag(field)} {value} must be above 0")
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """End the program with one line for a ValueError, or a full disk, that this project raised on purpose: it names
+    the field and the remedy, and a traceback would only hide that. Whatever another library raises, and whatever
+    else goes wrong, keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        file = Path(frame.filename)
+        ours = file.is_relative_to(Path(__file__).parent.parent) and not {"site-packages", ".venv"} & {*file.parts}
+        if not (ours and (frame.line or "").startswith("raise ")):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

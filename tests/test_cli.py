@@ -1,0 +1,43 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from grpo.batch import step_counts
+from grpo.cli import check_args, user_errors
+from grpo.data import load_examples
+
+
+@dataclass
+class Args:
+    steps: int = 1
+    group_size: int = 2
+    learning_rate: float = 1e-5
+
+
+def test_check_args_names_flag_and_least():
+    check_args(Args())
+    with pytest.raises(ValueError, match="--steps 0 is too small: at least 1"):
+        check_args(Args(steps=0))
+    with pytest.raises(ValueError, match="--group-size 1 is too small: at least 2"):
+        check_args(Args(group_size=1))
+    with pytest.raises(ValueError, match="--learning-rate nan must be above 0"):
+        check_args(Args(learning_rate=float("nan")))
+
+
+def test_our_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        load_examples("/no/such/file.jsonl")
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "/no/such/file.jsonl" in error
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), user_errors():
+        int("x")  # raised by a built-in, not by a raise of ours
+    with pytest.raises(RuntimeError), user_errors():
+        torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(TypeError), user_errors():
+        step_counts(3)  # type: ignore[arg-type]
