@@ -451,7 +451,7 @@ def _softmax_step_triton(
 ) -> Tensor:
     rows, width = logits.shape
     powers = _in_place(logits, weight.dtype)
-    block, warps = _launch_shape(width)
+    block, warps = _launch_shape(logits)
     _softmax_step_kernel[(rows,)](
         *(logits, powers, bias, targets, *sums, accumulator, logits.stride(0), powers.stride(0), width),
         *(weight.shape[1], 1 / options.temperature, options.softcap or 0.0, _half_range(weight)),
@@ -469,7 +469,7 @@ def _gradient_step_triton(
 ) -> Tensor:
     rows, width = logits.shape
     dz = _in_place(logits, weight.dtype)
-    block, warps = _launch_shape(width)
+    block, warps = _launch_shape(logits)
     _gradient_step_kernel[(rows,)](
         *(logits, dz, bias, *data, logits.stride(0), dz.stride(0), width),
         *(1 / options.temperature, options.softcap or 0.0, _half_range(weight)),
@@ -486,8 +486,9 @@ def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
-def _launch_shape(width: int) -> tuple[int, int]:
-    block = max(128, triton.next_power_of_2(width))
+def _launch_shape(logits: Tensor) -> tuple[int, int]:
+    """Block and warps for the whole tile's width, so that the ragged last tile runs the same compiled kernel."""
+    block = max(128, triton.next_power_of_2(logits.stride(0)))
     return block, max(4, min(16, block // 512))
 
 

@@ -1,0 +1,244 @@
+"""Loss from hidden states to their gradient: time, memory and error of ours and of every peer that is installed.
+
+    python benchmarks/loss.py              # 8 x 1024 tokens, hidden 4096, vocabulary 128,256, bf16
+    python benchmarks/loss.py --sweep      # and token counts to 163,840, other vocabularies and hidden sizes
+
+The loss is GRPO's on policy, -mean(exp(logp - logp.detach()) * advantage), the head is frozen. The floor is the time of
+the matrix products that the method needs (one: no gradient; two: forward and backward), each measured as one bf16
+product of the same size. Memory is the peak over what was allocated before, the gradient and all that is kept for the
+backward pass included. Errors are against float64 on a sample of rows, half of them confident (p > 1 - 1e-4):
+||x - exact|| / ||exact|| over the diffuse and over the confident rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from triton.testing import do_bench
+
+from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+
+
+@dataclass
+class Args:
+    sequences: int = 8
+    """sequences in the batch"""
+    length: int = 1024
+    """completion tokens of each sequence"""
+    hidden: int = 4096
+    """hidden size"""
+    vocab: int = 128_256
+    """vocabulary size"""
+    sample: int = 64
+    """rows whose error is measured"""
+    milliseconds: int = 500
+    """time spent on each measurement"""
+    sweep: bool = False
+    """also run ours over token counts, vocabularies and hidden sizes"""
+
+
+@dataclass
+class Problem:
+    x: Tensor  # [tokens, hidden]
+    weight: Tensor  # [vocab, hidden]
+    targets: Tensor  # [tokens]
+    advantages: Tensor  # [sequences]
+
+    def token_advantages(self) -> Tensor:
+        return self.advantages.repeat_interleave(len(self.x) // len(self.advantages))
+
+
+def make_problem(sequences: int, length: int, hidden: int, vocab: int) -> Problem:
+    """Random hidden states; those of every second row point at their target (logit ~24, p ~ 1 - 1e-5)."""
+    torch.manual_seed(0)
+    tokens = sequences * length
+    weight = torch.empty(vocab, hidden, device="cuda", dtype=torch.bfloat16).normal_().mul_(1.3 / hidden**0.5)
+    targets = torch.randint(0, vocab, (tokens,), device="cuda")
+    x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    for rows in torch.arange(0, tokens, 2, device="cuda").split(4096):
+        directions = weight[targets[rows]].float()
+        x[rows] = (0.1 * x[rows] + 24 * directions / directions.square().sum(1, keepdim=True)).bfloat16()
+    return Problem(x, weight, targets, torch.randn(sequences, device="cuda"))
+
+
+# Each method: Problem -> (logps or None, gradient of the loss with respect to x or None).
+Method = Callable[[Problem], tuple[Tensor | None, Tensor | None]]
+
+
+def from_logps(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Method:
+    """Forward and backward of a function (x, weight, targets) -> logps under the loss above."""
+
+    def method(p: Problem):
+        leaf = p.x.detach().requires_grad_()
+        logps = function(leaf, p.weight, p.targets)
+        loss = -(torch.exp(logps - logps.detach()) * p.token_advantages()).mean()
+        loss.backward()
+        return logps.detach(), leaf.grad
+
+    return method
+
+
+def without_gradient(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Method:
+    def method(p: Problem):
+        with torch.no_grad():
+            return function(p.x, p.weight, p.targets), None
+
+    return method
+
+
+def ours(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, weight, targets: linear_logprob(x, weight, targets, **options)[0]
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What most trainers do: bf16 logits, upcast."""
+    logits = (x @ weight.T).float()
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def chunked(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def function(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        parts = zip(x.split(rows), targets.split(rows))
+        return torch.cat([checkpoint(plain, part, weight, t, use_reentrant=False) for part, t in parts])
+
+    return function
+
+
+def half_of_the_rows(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    rows = torch.arange(len(x), device=x.device) % 2 == 0
+    return linear_logprob(x, weight, targets, grad_rows=rows)[0]
+
+
+def liger(p: Problem):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1, loss_type="grpo")
+    sequences = len(p.advantages)
+    leaf = p.x.view(sequences, -1, p.x.shape[1]).detach().requires_grad_()
+    targets = p.targets.view(sequences, -1)
+    loss(leaf, p.weight, targets, torch.ones_like(targets, dtype=torch.float32), p.advantages)[0].backward()
+    return None, leaf.grad.view_as(p.x)
+
+
+def cce(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(x, weight, targets, reduction="none")
+
+
+# name: (method, products it needs at least)
+METHODS: dict[str, tuple[Method, int]] = {
+    "ours": (from_logps(ours()), 2),
+    "ours, low_memory": (from_logps(ours(low_memory=True)), 2),
+    "ours, entropy_grad": (from_logps(ours(entropy_grad=True)), 2),
+    "ours, grad_rows: half": (from_logps(half_of_the_rows), 2),
+    "ours, torch row steps": (from_logps(ours(backend="torch")), 2),
+    "plain, bf16 logits": (from_logps(plain), 2),
+    "chunked, 512 rows": (from_logps(chunked(512)), 2),
+    "chunked, 2048 rows": (from_logps(chunked(2048)), 2),
+    "Liger fused linear GRPO": (liger, 2),
+    "CCE": (from_logps(cce), 2),
+    "ours, no gradient": (without_gradient(ours()), 1),
+    "plain, no gradient": (without_gradient(plain), 1),
+    "CCE, no gradient": (without_gradient(cce), 1),
+}
+
+
+def product_ms(p: Problem, milliseconds: int) -> float:
+    """One bf16 product x @ weight.T of the problem's size, its output kept to 4096 rows at a time."""
+    rows = min(len(p.x), 4096)
+    return do_bench(lambda: p.x[:rows] @ p.weight.T, rep=milliseconds, return_mode="median") * len(p.x) / rows
+
+
+def measure(method: Method, p: Problem, milliseconds: int) -> tuple[float, float]:
+    """Median milliseconds, and peak GiB over what was allocated before."""
+    method(p)  # compiles, and makes the libraries' workspaces
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    method(p)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return do_bench(lambda: method(p), warmup=100, rep=milliseconds, return_mode="median"), peak / 2**30
+
+
+def exact(p: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 logps and gradient of the sampled rows."""
+    leaf = p.x[rows].double().requires_grad_()
+    logps, _ = linear_logprob_reference(leaf, p.weight.double(), p.targets[rows])
+    (logps * -p.token_advantages()[rows].double() / len(p.x)).sum().backward()
+    return logps.detach(), leaf.grad
+
+
+def plain_fp32(p: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows through fp32 logits of the bf16 inputs: the accuracy to reach."""
+    leaf = p.x[rows].requires_grad_()
+    logps, _ = linear_logprob_reference(leaf, p.weight, p.targets[rows])
+    (logps * -p.token_advantages()[rows] / len(p.x)).sum().backward()
+    return logps.detach(), leaf.grad
+
+
+def errors(actual: Tensor | None, expected: Tensor, confident: Tensor) -> str:
+    """Relative error over the diffuse and over the confident rows."""
+    if actual is None:
+        return "-        -      "
+    parts = ((actual.double() - expected)[rows].norm() / expected[rows].norm() for rows in (~confident, confident))
+    return " ".join(f"{e.item():.1e}".ljust(8) for e in parts)
+
+
+def table(args: Args) -> None:
+    p = make_problem(args.sequences, args.length, args.hidden, args.vocab)
+    tokens = len(p.x)
+    one = product_ms(p, args.milliseconds)
+    flops = 2 * tokens * args.hidden * args.vocab
+    rows = torch.randperm(tokens, device="cuda")[: args.sample]
+    confident = rows % 2 == 0
+    logps, gradient = exact(p, rows)
+    assert (logps[confident] > -1e-4).all()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, bf16; one product {one:.1f} ms")
+    print(f"{'':26}{'ms':>7}{'TFLOP/s':>9}{'of floor':>9}{'GiB':>7}   logp error        gradient error")
+    print(f"{'':58}   diffuse  confident diffuse  confident")
+    reference = plain_fp32(p, rows)
+    found = f"{errors(reference[0], logps, confident)}  {errors(reference[1], gradient, confident)}"
+    print(f"{'plain, fp32 logits':26}{'':32}   {found}")
+    for name, (method, products) in METHODS.items():
+        try:
+            ms, gib = measure(method, p, args.milliseconds)
+            found_logps, found_gradient = (None if t is None else t[rows] for t in method(p))
+        except ImportError:
+            print(f"{name:26} not installed")
+            continue
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"{name:26} failed: {str(error)[:80]}")
+            continue
+        found = f"{errors(found_logps, logps, confident)}  {errors(found_gradient, gradient, confident)}"
+        rate = products * flops / ms / 1e9
+        print(f"{name:26}{ms:7.1f}{rate:9.0f}{products * one / ms:9.0%}{gib:7.3f}   {found}", flush=True)
+
+
+def sweep(args: Args) -> None:
+    """Ours alone: linear in tokens, any vocabulary, any hidden size."""
+    sizes = [(tokens, args.hidden, args.vocab) for tokens in (256, 1024, 4096, 8191, 32_768, 163_840)]
+    sizes += [(8192, args.hidden, vocab) for vocab in (32_768, 49_152, 100_352, 151_936, 50_257)]
+    sizes += [(8192, hidden, args.vocab) for hidden in (5120, 3584, 1536)]
+    print(f"\n{'tokens':>8}{'hidden':>8}{'vocab':>9} | {'no gradient':^25} | {'forward and backward':^32}")
+    print(f"{'':25} | {'ms':>8}{'of floor':>9}{'GiB':>8} | {'ms':>8}{'us/token':>9}{'of floor':>9}{'GiB':>6}")
+    for tokens, hidden, vocab in sizes:
+        p = make_problem(1, tokens, hidden, vocab)
+        one = product_ms(p, 100)
+        ms, gib = measure(without_gradient(ours()), p, 100)
+        line = f"{tokens:8}{hidden:8}{vocab:9} | {ms:8.2f}{one / ms:9.0%}{gib:8.3f}"
+        ms, gib = measure(from_logps(ours()), p, 100)
+        print(f"{line} | {ms:8.2f}{1000 * ms / tokens:9.2f}{2 * one / ms:9.0%}{gib:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    table(args)
+    if args.sweep:
+        sweep(args)
