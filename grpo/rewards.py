@@ -1,0 +1,485 @@
+"""Rewards: plain functions of completions and golds, and `score`, which composes them and survives them.
+
+A reward is `(completions: list[str], golds: list[str], ...) -> list[float]`, one number a completion. It may name any
+column that `score` is given (`questions`, `lengths`, ...) as a further argument. Each completion is rewarded by
+itself: after an error, `score` calls the function with one completion at a time.
+"""
+
+import ast
+import functools
+import inspect
+import math
+import operator
+import re
+import signal
+import threading
+import time
+import traceback
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from grpo.answers import equal, extract_answer, normalize, parse_number
+from grpo.sandbox import Outcome, Sandbox
+
+Reward = Callable[..., Sequence[float | Exception | None]]
+
+
+# ----------------------------------------------------------------------------------------------- correctness
+
+
+def correctness(
+    completions: Sequence[str],
+    golds: Sequence[str],
+    *,
+    extract: Callable[[str], str | None] = extract_answer,
+    sandbox: Sandbox | None = None,
+) -> list[float | Exception]:
+    """1 where the extracted answer equals the gold one, else 0.
+
+    Numbers are compared exactly and other text after normalisation (`grpo.answers.equal`). With a `sandbox`, what
+    that cannot decide goes to math-verify in its workers ("\\\\sqrt{12}" is "2\\\\sqrt{3}"); an expression that
+    runs out of time or memory there earns 0. Without one it is 0: enough for data whose golds are numbers."""
+    answers = [extract(c) for c in completions]
+    decided = [equal(a, g) for a, g in zip(answers, golds)]
+    rewards: list[float | Exception] = [float(d or False) for d in decided]
+    if sandbox is None:
+        return rewards
+    # A group often agrees, so each pair is checked once.
+    undecided = dict.fromkeys((a, g) for a, g, d in zip(answers, golds, decided) if d is None)
+    outcomes = dict(zip(undecided, sandbox.map("grpo.symbolic:symbolic_equal", list(undecided))))
+    for i, known in enumerate(decided):
+        if known is None:
+            outcome = outcomes[answers[i], golds[i]]
+            rewards[i] = TimeoutError(outcome.error) if outcome.skipped else float(outcome.value is True)
+    return rewards
+
+
+def numeric(
+    completions: Sequence[str],
+    golds: Sequence[str],
+    *,
+    relative: float = 0.0,
+    absolute: float = 0.0,
+    extract: Callable[[str], str | None] = extract_answer,
+) -> list[float]:
+    """1 where the answer is a number within `max(relative * |gold|, absolute)` of the gold one, else 0."""
+    rewards = []
+    for completion, gold in zip(completions, golds):
+        answer, number = parse_number(extract(completion) or ""), parse_number(gold)
+        if number is None:
+            raise ValueError(f"the gold answer {gold!r} is not a number; use `correctness` for such data")
+        # Compared as fractions: floats of 300 digits are infinite.
+        tolerance = max(Fraction(relative) * abs(number.value), Fraction(absolute))
+        rewards.append(float(answer is not None and abs(answer.value - number.value) <= tolerance))
+    return rewards
+
+
+def exact(
+    completions: Sequence[str], golds: Sequence[str], *, extract: Callable[[str], str | None] = extract_answer
+) -> list[float]:
+    """1 where the answer is the gold text after `grpo.answers.normalize`, else 0."""
+    answers = [extract(c) for c in completions]
+    return [float(bool(a) and normalize(a or "") == normalize(g)) for a, g in zip(answers, golds)]
+
+
+_OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def countdown(
+    completions: Sequence[str], golds: Sequence[str], *, extract: Callable[[str], str | None] = extract_answer
+) -> list[float]:
+    """1 where the answer is an expression of + - * / and parentheses that uses each of the gold's numbers exactly
+    once and equals its target, else 0. golds: "target: number number ...", of `grpo.data.countdown_examples`.
+    One "= target" at the end is allowed."""
+    rewards = []
+    for completion, gold in zip(completions, golds):
+        target, _, numbers = gold.partition(":")
+        expression, equals, right = (extract(completion) or "").partition("=")
+        if equals and right.strip() != target:
+            rewards.append(0.0)
+            continue
+        try:
+            value, used = _evaluate(expression)
+        except (ValueError, ZeroDivisionError):
+            rewards.append(0.0)
+            continue
+        rewards.append(float(value == int(target) and Counter(used) == Counter(map(int, numbers.split()))))
+    return rewards
+
+
+def _evaluate(expression: str) -> tuple[Fraction, list[int]]:
+    """The exact value of an arithmetic expression and the integers in it, read from Python's syntax tree without
+    running anything. Raises ValueError for anything but + - * / over short non-negative integers."""
+    if len(expression) > 200 or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        raise ValueError("not an arithmetic expression")
+    if re.search(r"[0-9]{10}|\*\*|//", expression):
+        raise ValueError("numbers too long, or operations other than + - * /")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError("not an arithmetic expression") from error
+    used: list[int] = []
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+            return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        raise ValueError("operations other than + - * /")
+
+    return value(tree.body), used
+
+
+# ---------------------------------------------------------------------------------------------------- format
+
+
+def format_tags(
+    completions: Sequence[str], golds: Sequence[str], *, tags: Sequence[str] = ("reasoning", "answer")
+) -> list[float]:
+    """1 where a completion is exactly `<reasoning>...</reasoning> <answer>...</answer>`, else 0.
+
+    Each tag stands exactly once, in order, with some letter or digit in each block and only white space around
+    and between the blocks. The blocks may span lines."""
+    return [float(_well_formed(c, tags)) for c in completions]
+
+
+def _well_formed(text: str, tags: Sequence[str]) -> bool:
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    if any(text.count(mark) != 1 for mark in marks):
+        return False
+    pieces, rest = [], text
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found:  # it stands before an earlier one
+            return False
+        pieces.append(piece)
+    outside, inside = [*pieces[0::2], rest], pieces[1::2]
+    return not any(p.strip() for p in outside) and all(map(_says_something, inside))
+
+
+def _says_something(text: str) -> bool:
+    return any(c.isalnum() for c in text)
+
+
+def graded_tags(
+    completions: Sequence[str],
+    golds: Sequence[str],
+    *,
+    tags: Sequence[str] = ("reasoning", "answer"),
+    trailing: float = 0.001,
+) -> list[float]:
+    """The share of the tags' opening and closing marks that stand exactly once and in order, in [0, 1]: a slope
+    towards `format_tags`. A closing mark counts only behind its opening one with some letter or digit in between;
+    each character behind the last mark costs `trailing`, down to 0."""
+    rewards = []
+    for text in completions:
+        marks, at = 0, 0
+        for tag in tags:
+            opening, closing = f"<{tag}>", f"</{tag}>"
+            start, end = text.find(opening), text.find(closing)
+            opened = text.count(opening) == 1 and start >= at
+            marks += opened
+            if opened and text.count(closing) == 1 and _says_something(text[start + len(opening) : max(end, 0)]):
+                marks += 1
+                at = end + len(closing)
+        behind = len(text[at:].strip()) if at else 0
+        rewards.append(max(0.0, marks / (2 * len(tags)) - trailing * behind))
+    return rewards
+
+
+# --------------------------------------------------------------------------------------- length and language
+
+
+def overlong(
+    completions: Sequence[str], golds: Sequence[str], lengths: Sequence[int], *, max_length: int, buffer: int
+) -> list[float]:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): 0 up to `max_length - buffer` tokens, from there
+    linearly down to -1 at `max_length`, and -1 beyond. lengths: tokens of each completion (a column of `score`)."""
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"overlong: buffer {buffer} must lie in 1..max_length ({max_length})")
+    return [-min(max((n - (max_length - buffer)) / buffer, 0.0), 1.0) for n in lengths]
+
+
+def brevity(
+    completions: Sequence[str],
+    golds: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    max_length: int,
+    correct: Reward = correctness,
+) -> list[float]:
+    """`1 - length / max_length` for a correct completion, at least 0; 0 for a wrong one, so that saying nothing
+    earns nothing. lengths: tokens of each completion. correct: any reward, positive where the answer is right."""
+    right = [isinstance(r, (int, float)) and r > 0 for r in correct(completions, golds)]
+    return [max(0.0, 1 - n / max_length) if ok else 0.0 for ok, n in zip(right, lengths)]
+
+
+def language_consistency(
+    completions: Sequence[str], golds: Sequence[str], *, scripts: Collection[str] = ("LATIN",)
+) -> list[float]:
+    """The share of a completion's letters and digits that are ASCII digits or of these scripts, in [0, 1].
+
+    scripts: first words of Unicode names, such as LATIN, CYRILLIC, GREEK, CJK, HIRAGANA. It cannot tell languages
+    of one script apart. A completion without letters or digits gets 0."""
+    rewards = []
+    for text in completions:
+        letters = Counter(c for c in text if c.isalnum())
+        kept = sum(n for c, n in letters.items() if _script(c) in scripts or c in "0123456789")
+        rewards.append(kept / letters.total() if letters else 0.0)
+    return rewards
+
+
+@functools.lru_cache(maxsize=65_536)
+def _script(character: str) -> str:
+    return unicodedata.name(character, "").split(" ")[0]
+
+
+def spelling(completions: Sequence[str], golds: Sequence[str], *, words: Collection[str]) -> list[float]:
+    """Minus the share of words (runs of ASCII letters) that are not among `words`, which are in lower case."""
+    rewards = []
+    for text in completions:
+        found = re.findall(r"[a-z]+", text.lower())
+        rewards.append(-sum(w not in words for w in found) / len(found) if found else 0.0)
+    return rewards
+
+
+# --------------------------------------------------------------------------------------------------- scoring
+
+
+class Failure(NamedTuple):
+    """A sample whose reward could not be had."""
+
+    function: str
+    sample: int
+    """index of the completion in the batch"""
+    error: str
+    traceback: str
+    completion: str
+    gold: str
+
+
+class Scores(NamedTuple):
+    total: list[float | None]
+    """weighted sum a completion; None where a function failed on it, or none had anything to say"""
+    by_function: dict[str, list[float | None]]
+    """the functions' own values, without weights"""
+    failures: list[Failure]
+
+
+class RewardTimeout(BaseException):
+    """Raised inside a reward that runs too long. Not an Exception, so that an `except Exception` lets it through."""
+
+
+def score(
+    rewards: Mapping[str, Reward | tuple[Reward, float]],
+    completions: Sequence[str],
+    golds: Sequence[str],
+    *,
+    timeout_s: float | None = 1.0,
+    max_failed_share: float = 0.5,
+    **columns: Sequence[Any],
+) -> Scores:
+    """Call every reward and add them up by weight.
+
+    rewards: name -> function, or (function, weight); a weight is 1 unless told. columns: further lists, one entry
+    a completion (`questions=`, `lengths=`, ...); a function gets those it names, or all if it takes `**kwargs`.
+
+    A function is called once with the whole batch. When that raises, or takes more than `timeout_s` seconds, it is
+    called once a sample, each within `timeout_s`: the samples that fail get None and a `Failure`, the others
+    their reward. A function may return None for a sample it has nothing to say on (the other functions' sum then
+    stands), and an exception in place of a number for one it failed on. NaN and infinity are failures.
+
+    The limit is an interval timer's signal, so `score` with a limit needs the main thread. It ends Python code,
+    regular expressions and sleeps; it cannot end one long call in C, such as 10**10**10: give a function that may
+    get there to `isolated`. timeout_s None: no limit.
+
+    Raises ValueError where a function returns another number of rewards than it got completions, or lists differ in
+    length; RuntimeError with the first traceback once more than `max_failed_share` of the samples have failed."""
+    columns = {"completions": completions, "golds": golds, **columns}
+    for name, column in columns.items():
+        if len(column) != len(completions):
+            raise ValueError(f"{len(completions)} completions but {len(column)} {name}: one of each is needed")
+    if timeout_s is not None and threading.current_thread() is not threading.main_thread():
+        raise ValueError("score: a time limit needs the main thread; call it there, or with timeout_s=None")
+
+    failures: list[Failure] = []
+    by_function: dict[str, list[float | None]] = {}
+    total: list[float | None] = [None] * len(completions)
+    for name, entry in rewards.items():
+        function, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+        values = _values(name, function, columns, timeout_s, failures, max_failed_share)
+        by_function[name] = values
+        for i, value in enumerate(values):
+            if value is not None:
+                total[i] = (total[i] or 0.0) + weight * value
+    for failure in failures:
+        total[failure.sample] = None
+    return Scores(total, by_function, failures)
+
+
+def _values(
+    name: str,
+    function: Reward,
+    columns: Mapping[str, Sequence[Any]],
+    timeout_s: float | None,
+    failures: list[Failure],
+    max_failed_share: float,
+) -> list[float | None]:
+    """One function's rewards. Appends to `failures`, and raises RuntimeError when they are too many."""
+    taken = _further_columns(function, columns)
+    n = len(columns["completions"])
+
+    def fail(index: int, error: BaseException) -> None:
+        completion, gold = columns["completions"][index], columns["golds"][index]
+        trace = "".join(traceback.format_exception(error))
+        failures.append(Failure(name, index, f"{type(error).__name__}: {error}"[:500], trace[-5000:], completion, gold))
+        failed = len({f.sample for f in failures})
+        if failed > max_failed_share * n:
+            raise RuntimeError(
+                f"rewards failed on {failed} of {n} samples, more than the share allowed ({max_failed_share:g}); "
+                f"the first was {failures[0].function!r} on sample {failures[0].sample}:\n{failures[0].traceback}"
+            )
+
+    def call(rows: slice) -> list[Any]:
+        further = {key: columns[key][rows] for key in taken}
+        returned = call_within(timeout_s, function, columns["completions"][rows], columns["golds"][rows], **further)
+        count = len(range(n)[rows])
+        try:
+            returned = list(returned)
+        except TypeError:
+            raise _Misuse(f"reward {name!r} returned a {type(returned).__name__}, not a list of numbers") from None
+        if len(returned) != count:
+            raise _Misuse(f"reward {name!r} returned {len(returned)} rewards for {count} completions")
+        return returned
+
+    try:
+        raw = call(slice(0, n))
+    except _Misuse as error:
+        raise ValueError(str(error)) from None
+    except (Exception, SystemExit, RewardTimeout):
+        raw = []
+        for i in range(n):
+            try:
+                raw += call(slice(i, i + 1))
+            except _Misuse as error:
+                raise ValueError(str(error)) from None
+            except (Exception, SystemExit, RewardTimeout) as error:
+                fail(i, error)
+                raw.append(None)
+
+    values: list[float | None] = []
+    for i, value in enumerate(raw):
+        try:
+            if isinstance(value, Exception):
+                raise value
+            number = None if value is None else float(value)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"returned {number}")
+        except Exception as error:
+            fail(i, error)
+            number = None
+        values.append(number)
+    return values
+
+
+class _Misuse(Exception):
+    """A mistake in the function itself, whatever the sample."""
+
+
+def _further_columns(function: Reward, columns: Mapping[str, Any]) -> list[str]:
+    """Which columns beside completions and golds (its first two arguments) a function takes, by their names."""
+    names = [name for name in columns if name not in ("completions", "golds")]
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return names
+    for p in parameters[2:]:
+        if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and p.name not in names:
+            raise ValueError(f"reward {function!r} needs the column {p.name!r}; call score with {p.name}=...")
+    return [name for name in names if any(p.name == name for p in parameters[2:])]
+
+
+def call_within(seconds: float | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs), or RewardTimeout after `seconds`. Main thread only; None: no limit.
+
+    A running timer and its handler are put back afterwards."""
+    if seconds is None:
+        return function(*args, **kwargs)
+    running = True
+
+    def expire(signum: int, frame: Any) -> None:
+        if running:
+            raise RewardTimeout(f"took more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    started = time.monotonic()
+    # It fires again every 50 ms: one shot alone could be caught by a bare except.
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
+    try:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            running = False
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if delay:
+            signal.setitimer(signal.ITIMER_REAL, max(delay - (time.monotonic() - started), 1e-3), interval)
+
+
+def isolated(function: Callable[..., Any] | str, sandbox: Sandbox, *, columns: Sequence[str] = ()) -> Reward:
+    """The same reward, called one completion at a time in the workers of `sandbox`, which end anything.
+
+    function: one of a file's top level, or "module:name", or "path/to/file.py:name". The workers import its file (of
+    a recipe, without running its main part), so a file with heavy imports starts slowly: a small file of its own
+    is best. columns: those to pass, by position, after completions and golds; everything passed must be JSON."""
+    if isinstance(function, str):
+        target = function
+    elif inspect.isfunction(function) and "<" not in function.__qualname__:
+        target = f"{function.__code__.co_filename}:{function.__name__}"
+    else:
+        raise ValueError(f"isolated: {function!r} is not a function at the top level of a file; workers cannot find it")
+
+    def reward(completions: Sequence[str], golds: Sequence[str], **given: Sequence[Any]) -> list[Any]:
+        if missing := [name for name in columns if name not in given]:
+            raise _Misuse(f"reward {target!r} needs the column {missing[0]!r}; call score with {missing[0]}=...")
+        passed = [completions, golds, *(given[name] for name in columns)]
+        calls = [[[column[i]] for column in passed] for i in range(len(completions))]
+        return [_one_reward(target, outcome) for outcome in sandbox.map(target, calls)]
+
+    return reward
+
+
+def _one_reward(target: str, outcome: Outcome) -> Any:
+    if outcome.error:
+        return RuntimeError(f"{target}: {outcome.error}")
+    if not isinstance(outcome.value, list) or len(outcome.value) != 1:
+        raise _Misuse(f"reward {target!r} returned {outcome.value!r} for one completion, not a list of one number")
+    return outcome.value[0]
+
+
+def reward_metrics(scores: Scores) -> dict[str, float]:
+    """What to log of a step: the means of the total and of each function over the samples that have one, the
+    standard deviation of the total, and the share of failed samples."""
+
+    def mean(values: Sequence[float | None]) -> float:
+        present = [v for v in values if v is not None]
+        return sum(present) / len(present) if present else math.nan
+
+    total = mean(scores.total)
+    metrics = {
+        "reward": total,
+        "reward_std": math.sqrt(mean([None if t is None else (t - total) ** 2 for t in scores.total])),
+        **{f"reward/{name}": mean(values) for name, values in scores.by_function.items()},
+    }
+    metrics["reward_failed"] = len({f.sample for f in scores.failures}) / max(len(scores.total), 1)
+    return metrics
