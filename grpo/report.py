@@ -12,10 +12,10 @@ PANELS = (
     ("reward", ("reward",)),
     ("pass@1", ("pass_at_1", "eval/pass_at_1")),
     ("length, tokens", ("length",)),
-    ("truncated, zero-variance and clipped shares", ("truncated", "zero_variance", "clip_share")),
+    ("shares: truncated, zero variance, clipped", ("truncated", "zero_variance", "clip_low", "clip_high")),
     ("KL to the reference, nats a token", ("kl",)),
     ("entropy, nats a token", ("entropy",)),
-    ("sampler gap, nats a token", ("sampler_gap",)),
+    ("sampler gap, nats a token", ("mismatch_mean",)),
     ("gradient norm", ("grad_norm",)),
     ("tokens a second", ("times/tokens_per_second",)),
 )

@@ -54,6 +54,7 @@ from grpo.checkpoint import (
     split_tensors,
     write_text,
 )
+from grpo.cli import check_args
 from grpo.distributed import World
 from grpo.report import write_curves, write_report
 from grpo.track import Tracker, check_tracker, open_tracker
@@ -471,9 +472,12 @@ def start_run(
     problem = None
     if world.rank == 0:
         try:
-            _check_args(args)
+            check_args(args)
+            check_tracker(args.track)
+            if args.resume and args.run_dir and Path(args.resume).resolve() != Path(args.run_dir).resolve():
+                raise ValueError(f"--resume {args.resume} and --run-dir {args.run_dir} name two runs; give one of them")
             run = (_reopen if args.resume else _create)(args, recipe, world, options)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # told to every rank: the others wait
             problem = str(error)
     shared: list[Any] = [problem, run.directory if run else None, run._checkpoint if run else None]
     if world.size > 1:
@@ -492,18 +496,6 @@ def start_run(
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     return run
-
-
-def _check_args(args: Any) -> None:
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must not be negative")
-    if args.save_every < 0:
-        raise ValueError(f"--save-every {args.save_every} must not be negative; 0 saves at the end only")
-    if args.resume and args.run_dir and Path(args.resume).resolve() != Path(args.run_dir).resolve():
-        raise ValueError(f"--resume {args.resume} and --run-dir {args.run_dir} name two runs; give one of them")
-    check_tracker(args.track)
 
 
 def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> Run:

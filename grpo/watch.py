@@ -9,27 +9,29 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# (metric, format) in the order shown; a metric the recipe does not log is left out. Names: docs/runs.md.
+# (metric, what it is called here, format) in the order shown; one the recipe does not log is left out: docs/runs.md.
 SHOWN = (
-    ("reward", ".3f"),
-    ("pass_at_1", ".3f"),
-    ("eval/pass_at_1", ".3f"),
-    ("length", ".1f"),
-    ("truncated", ".2f"),
-    ("kl", ".4f"),
-    ("entropy", ".3f"),
-    ("clip_share", ".3f"),
-    ("zero_variance", ".2f"),
-    ("sampler_gap", ".4f"),
-    ("grad_norm", ".3g"),
+    ("reward", "reward", ".3f"),
+    ("pass_at_1", "pass@1", ".3f"),
+    ("eval/pass_at_1", "held-out pass@1", ".3f"),
+    ("length", "length", ".1f"),
+    ("truncated", "truncated", ".2f"),
+    ("kl", "KL", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("clip_low", "clipped low", ".3f"),
+    ("clip_high", "high", ".3f"),
+    ("zero_variance", "zero variance", ".2f"),
+    ("mismatch_mean", "sampler gap", ".4f"),
+    ("grad_norm", "gradient", ".3g"),
+    ("skipped_steps", "skipped", "d"),
 )
 
 
 def format_line(line: Mapping[str, Any]) -> dict[str, str]:
     """The cells shown of one line of metrics.jsonl, by name."""
-    cells = {name: format(line[name], spec) for name, spec in SHOWN if line.get(name) is not None}
-    if line["skipped_steps"]:
-        cells["skipped_steps"] = str(line["skipped_steps"])
+    cells = {label: format(line[name], spec) for name, label, spec in SHOWN if line.get(name) is not None}
+    if not line["skipped_steps"]:
+        del cells["skipped"]
     times = line["times"]
     if "tokens_per_second" in times:
         cells["tok/s"] = format(times["tokens_per_second"], ".0f")
@@ -143,9 +145,9 @@ def alarms(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             f"entropy is {entropy:.4f} nats a token: samples of a group are all alike; raise epsilon_high or the "
             "temperature, or lower the learning rate"
         )
-    gap = recent("sampler_gap")
+    gap = recent("mismatch_mean")
     if gap is not None and gap > 0.1:
-        found["sampler_gap"] = (
+        found["mismatch_mean"] = (
             f"the sampler's log-probabilities differ from the trainer's by {gap:.3f} nats a token: check that the "
             "engine took the last adapter, the temperature and the dtype; correct the rest by importance sampling"
         )

@@ -1,0 +1,110 @@
+"""A run that is killed, interrupted or signalled and resumed is, times aside, the run that never was."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_driver import Args, train
+
+from grpo.run import read_metrics, strip_times
+
+
+def outcome(directory: Path) -> tuple[list[dict], bytes, dict[str, bytes]]:
+    """What must be equal: metrics without times, the adapter's bytes, the completions kept."""
+    lines = [strip_times(line) for line in read_metrics(directory / "metrics.jsonl")]
+    completions = {p.name: p.read_bytes() for p in (directory / "completions").iterdir()}
+    return lines, (directory / "adapter/adapter_model.safetensors").read_bytes(), completions
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    train(Args(run_dir=directory))
+    return outcome(directory)
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(uninterrupted, tmp_path):
+    train(Args(run_dir=tmp_path / "again"))
+    train(Args(run_dir=tmp_path / "other", seed=1))
+    assert outcome(tmp_path / "again") == uninterrupted
+    assert outcome(tmp_path / "other")[:2] != uninterrupted[:2]
+
+
+def test_twenty_sigkills(tmp_path):
+    train(Args(run_dir=tmp_path / "whole", steps=200, save_every=3))
+    command = [sys.executable, str(Path(__file__).with_name("run_driver.py")), str(tmp_path / "killed"), "20", "7"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "killed 20 times" in result.stdout
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert not [p for p in (tmp_path / "killed").rglob("*tmp*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves(number, uninterrupted, tmp_path):
+    before = signal.getsignal(number)
+    directory = tmp_path / "stopped"
+
+    def interrupt(run, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as stop:
+        train(Args(run_dir=directory), at_step=interrupt)
+    assert stop.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == 3  # the step ended
+    assert (directory / "checkpoints/step-000003").is_dir()  # though save_every is 2
+    run = train(Args(resume=directory))
+    assert run.start_step == 3
+    assert outcome(directory) == uninterrupted
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def interrupt(run, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Args(run_dir=tmp_path / "run"), at_step=interrupt)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_exception_between_checkpoints_and_a_corrupt_one(uninterrupted, tmp_path, capsys):
+    directory = tmp_path / "run"
+
+    def fail(run, step):
+        if step == 6:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(Args(run_dir=directory), at_step=fail)
+    newest = directory / "checkpoints/step-000004/training.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run = train(Args(resume=directory))
+    assert run.start_step == 2
+    assert f"checkpoint {newest.parent} is torn or corrupt: training.safetensors" in capsys.readouterr().out
+    assert outcome(directory) == uninterrupted
+
+
+def test_a_finished_run_resumed_changes_nothing_and_can_be_extended(uninterrupted, tmp_path, capsys):
+    directory = tmp_path / "run"
+    train(Args(run_dir=directory, steps=4))
+    capsys.readouterr()
+    assert train(Args(resume=directory, steps=4)).start_step == 4
+    run = train(Args(resume=directory, steps=6))
+    assert "with another steps: 4 until now, 6 from step 5" in capsys.readouterr().out
+    assert run.start_step == 4
+    assert outcome(directory) == uninterrupted
+
+
+def test_restore_must_not_be_forgotten(tmp_path):
+    from grpo.run import start_run
+
+    train(Args(run_dir=tmp_path / "run"))
+    run = start_run(Args(resume=tmp_path / "run"), recipe=Path(__file__).with_name("run_driver.py"))
+    with pytest.raises(RuntimeError, match=r"run\.restore"):
+        next(run.steps(6))
