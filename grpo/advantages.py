@@ -5,7 +5,7 @@ standard deviation, so the rest of its group is as if it had been sampled withou
 n - 1, as in TRL and verl.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,22 @@ def counted_samples(estimator: Estimator, zero_variance: Tensor, truncated: Sequ
     if estimator.mask_truncated:
         counted &= ~torch.tensor(truncated)
     return counted
+
+
+def estimate_advantages(
+    estimator: Estimator,
+    total: Rewards,
+    group_size: int,
+    *,
+    by_function: Mapping[str, Rewards] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """`group_advantages` of the total rewards or `gdpo_advantages` of each function's, as the flags say."""
+    if estimator.aggregate == "gdpo":
+        if by_function is None:
+            raise ValueError("by_function is None with --aggregate gdpo: pass each reward function's values")
+        return gdpo_advantages(list(by_function.values()), group_size, weights=weights)
+    return group_advantages(total, group_size, scale=estimator.scale, baseline=estimator.baseline)
 
 
 def group_advantages(
