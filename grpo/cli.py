@@ -30,7 +30,7 @@ def check_args(args: Any) -> None:
     the recipe has are looked at."""
     for field, (least, why) in _AT_LEAST.items():
         value = getattr(args, field, least)
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{_flag(field)} {value} is too small: at least {least} ({why})")
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
