@@ -94,7 +94,7 @@ class Run:
     _view: View | None = None
     _phases: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
-    _refresh_at: float = 0.0
+    _refresh_at: float = math.inf
     _nonfinite_in_a_row: int = 0
     _raised: set[str] = field(default_factory=set)
     _total: int = 0
@@ -492,6 +492,7 @@ def start_run(
         run.start_step = checkpoint.step
         run.skipped_steps = checkpoint.state["skipped_steps"]
         run._nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
+    run._refresh_at = time.perf_counter() + refresh_seconds
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)

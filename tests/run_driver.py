@@ -70,29 +70,37 @@ def train(args: Args, *, world: World | None = None, pause: float = 0.0, at_step
 def killed_often(directory: Path, kills: int, seed: int) -> None:
     """Run the loop in child processes, SIGKILL each at a random moment, resume, and let the last one end.
 
-    Children are forked, so that each is at work within milliseconds; each takes the run's lock, files and
-    generators anew. 200 steps of at least 30 ms outlast `kills` * 0.25 s, so every kill hits a running process."""
+    Children are forked, so that each is at work at once; each takes the run's lock, files and generators anew. A
+    moment is a number of steps and some milliseconds after it; after no step it may fall into the start, too."""
     moments = random.Random(seed)
     resumed_from = []
+    train(Args(run_dir=directory.with_name("warm-up"), steps=2))  # what is imported late is so once, not in each child
     for attempt in range(kills + 1):
+        begun, begin = os.pipe()
         child = os.fork()
         if child == 0:
             fresh = not directory.exists()
-            args = Args(steps=200, save_every=3, **({"run_dir": directory} if fresh else {"resume": directory}))
-            run = train(args, pause=0.03)
+            args = Args(steps=150, save_every=3, **({"run_dir": directory} if fresh else {"resume": directory}))
+            run = train(args, pause=0.02, at_step=lambda run, step: os.write(begin, b"."))
             os.write(1, f"finished after resuming from {run.start_step}\n".encode())
             os._exit(0)
         if attempt < kills:
-            time.sleep(moments.uniform(0.0, 0.25))
+            steps = moments.randint(0, 6)
+            for _ in range(steps):
+                os.read(begun, 1)
+            time.sleep(moments.uniform(0.0, 0.04 if steps else 0.3))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        os.close(begun)
+        os.close(begin)
         if attempt < kills:
             assert os.WIFSIGNALED(status), "the child ended before it was killed"
             saved = sorted(directory.glob("checkpoints/step-*"))
             resumed_from.append(int(saved[-1].name[-6:]) if saved else 0)
         else:
             assert status == 0, status
-    print(f"killed {kills} times, with checkpoints of steps {resumed_from}")
+    assert len(set(resumed_from)) > 5, resumed_from
+    print(f"killed {kills} times, leaving checkpoints of steps {resumed_from}")
 
 
 if __name__ == "__main__":

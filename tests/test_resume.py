@@ -34,13 +34,13 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(uninterrupted, tmp_pa
 
 
 def test_twenty_sigkills(tmp_path):
-    train(Args(run_dir=tmp_path / "whole", steps=200, save_every=3))
+    train(Args(run_dir=tmp_path / "whole", steps=150, save_every=3))
     command = [sys.executable, str(Path(__file__).with_name("run_driver.py")), str(tmp_path / "killed"), "20", "7"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "killed 20 times" in result.stdout
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-    assert not [p for p in (tmp_path / "killed").rglob("*tmp*")]
+    assert not list((tmp_path / "killed").rglob("*tmp*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
