@@ -43,7 +43,7 @@ def write_model(folder, architecture: str = "llama", *, seed: int = 0, **setting
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=settings.pop("head_dim", 16),
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,

@@ -1,0 +1,116 @@
+"""How large a rollout engine may be: sequences at a time and KV cache, from free memory, model and lengths."""
+
+from typing import Any, NamedTuple
+
+GIB = 1 << 30
+KV_BLOCK = 16
+"""tokens that vLLM allocates of the KV cache at a time"""
+
+
+class Dims(NamedTuple):
+    """What of a model decides the size of its KV cache and of its work buffers."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+class Sizes(NamedTuple):
+    max_model_len: int
+    """tokens of the longest sequence, prompt and completion"""
+    max_num_seqs: int
+    """sequences decoded at a time; more wait their turn"""
+    max_num_batched_tokens: int
+    """tokens of one forward pass at most; longer prompts are taken in pieces"""
+    kv_tokens: int
+    kv_cache_bytes: int
+    working_bytes: int
+    """what the engine takes beside weights and KV cache, an estimate from above"""
+
+
+def dims(config: Any) -> Dims:
+    """Of a transformers config."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    return Dims(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab=config.vocab_size,
+    )
+
+
+def kv_bytes_per_token(model: Dims, bytes_per_value: int = 2) -> int:
+    """Keys and values of every layer."""
+    return 2 * model.layers * model.kv_heads * model.head_dim * bytes_per_value
+
+
+def working_bytes(model: Dims, tokens: int, sequences: int, *, cuda_graphs: bool = True) -> int:
+    """What a forward pass of `tokens` tokens and the sampling of `sequences` next tokens need, in bytes.
+
+    The sum of: activations in bf16 (residual, normed, qkv and the two halves of the MLP alive together, once
+    more as graph inputs), the largest layer's weight dequantised to bf16 (gate and up together), logits of the
+    sequences in bf16 and, thrice, fp32 (logits, tempered, log-probabilities), and what captured graphs hold."""
+    activations = tokens * (6 * model.hidden + 3 * model.intermediate) * 2 * 2
+    weight = 2 * model.intermediate * model.hidden * 2
+    logits = sequences * model.vocab * (2 + 3 * 4)
+    graphs = GIB // 2 if cuda_graphs else 0
+    return activations + weight + logits + graphs
+
+
+def engine_sizes(
+    model: Dims,
+    *,
+    total_bytes: int,
+    free_bytes: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    sequences: int,
+    budget_bytes: int | None = None,
+    kv_bytes_per_value: int = 2,
+    cuda_graphs: bool = True,
+) -> Sizes:
+    """The largest engine that fits: at most `sequences` at a time, each able to reach its full length.
+
+    total_bytes, free_bytes: of the card, the trainer's weights, adapter and optimizer being loaded already.
+    budget_bytes: what the whole process may use of it, taken as all that is used now (None: 97% of the card).
+    What is left after `working_bytes` is for the KV cache. The KV cache holds every running sequence at full
+    length, so none is ever evicted and computed again; where that does not fit, fewer run at a time.
+    Training may use the KV cache's share: it is released then.
+    Raises ValueError, naming the flags, if not one sequence fits."""
+    for name, value in [
+        ("max_prompt_tokens", max_prompt_tokens),
+        ("max_completion_tokens", max_completion_tokens),
+        ("sequences", sequences),
+    ]:
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    if budget_bytes is not None and budget_bytes > total_bytes:
+        raise ValueError(
+            f"--gpu-memory-gb {budget_bytes / GIB:.1f} is more than the card has ({total_bytes / GIB:.1f} GiB)"
+        )
+    limit = int(total_bytes * 0.97) if budget_bytes is None else budget_bytes
+    used = total_bytes - free_bytes
+    length = max_prompt_tokens + max_completion_tokens
+    per_token = kv_bytes_per_token(model, kv_bytes_per_value)
+    per_sequence = -(-length // KV_BLOCK) * KV_BLOCK
+    # Prompts are short against completions: a small first pass costs little and bounds the activations.
+    tokens = max(min(2048, sequences * max_prompt_tokens), sequences, 64)
+
+    for running in range(sequences, 0, -1):
+        working = working_bytes(model, tokens, running, cuda_graphs=cuda_graphs)
+        kv_tokens = running * per_sequence + KV_BLOCK  # one block is vLLM's own
+        if used + working + kv_tokens * per_token <= limit:
+            return Sizes(length, running, tokens, kv_tokens, kv_tokens * per_token, working)
+    need = used + working + (per_sequence + KV_BLOCK) * per_token
+    raise ValueError(
+        f"one sequence of {max_prompt_tokens} + {max_completion_tokens} tokens needs {need / GIB:.1f} GiB "
+        f"({used / GIB:.1f} in use, {working / GIB:.1f} to work in, {(need - used - working) / GIB:.1f} of KV cache), "
+        f"more than the {limit / GIB:.1f} GiB allowed; raise --gpu-memory-gb, or shorten --max-prompt-tokens or "
+        "--max-completion-tokens"
+    )

