@@ -10,7 +10,8 @@ A the advantage, sg() a stop-gradient and [low, high] the clip range, a loss is 
     reinforce   -A logp
 
 To add a loss: write its function and its row in `LOSSES`. How tokens are averaged is the caller's part (a row only
-names the averaging that the loss's paper uses).
+names the averaging that the loss's paper uses). On CUDA one Triton kernel computes terms and derivatives of the
+functions above in one pass; a loss it does not know runs in torch, as everything does without CUDA.
 
 Clamps, the same everywhere: a log-ratio is cut at `MAX_LOG_RATIO` = 20 from above before it is exponentiated (w at
 most 4.9e8; the gradient through w is zero there), likewise the reference's log-ratio in k3. Nothing else is cut, but
@@ -20,10 +21,16 @@ included: terms and gradients are exactly zero there.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on macOS: the torch functions serve
+    triton = None
 
 MAX_LOG_RATIO = 20.0
 
@@ -48,7 +55,7 @@ class Tokens(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The parameters of the formulas."""
+    """The parameters of the formulas, resolved."""
 
     low: float
     high: float
@@ -188,6 +195,7 @@ def policy_terms(
     importance: Tensor | None = None,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
     vespo_shape: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0),
+    backend: Literal["triton", "torch"] | None = None,
 ) -> PolicyTerms:
     """Per-token loss and KL estimate of every loss in `LOSSES`, differentiable in logps only.
 
@@ -205,28 +213,236 @@ def policy_terms(
         kl: the estimator, see `kl_terms`.
         importance: [batch, time] or [batch, 1], constant weights for the mismatch between sampler and trainer.
         sapo_temperatures, vespo_shape: see `Shape`.
+        backend: None picks the Triton kernel on CUDA for the losses it knows, torch otherwise.
+
+    Raises:
+        ValueError: loss, level, kl or backend is unknown, or the backend cannot do it.
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
+    row = LOSSES[loss]
+    level = level or row.level or "token"
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}: choose 'token' or 'sequence'")
+    if kl not in ("k1", "k2", "k3", "k3_ratio"):
+        raise ValueError(f"kl is {kl!r}: choose 'k1', 'k2', 'k3' or 'k3_ratio'")
+    fused = triton is not None and row.term in (clipped, cispo, sapo, vespo, reinforce) and logps.dtype != torch.float64
+    if backend is None:
+        backend = "triton" if fused and logps.is_cuda else "torch"
+    elif backend not in ("triton", "torch") or (backend == "triton" and not fused):
+        raise ValueError(
+            f"backend {backend!r}: choose 'triton' (not for float64 or losses of one's own), 'torch', None"
+        )
+
+    shape = Shape(*clip_range(loss, epsilon, epsilon_high), delta, sapo_temperatures, vespo_shape)
+    advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand_as(logps)
+    importance = None if importance is None else importance.expand_as(logps)
+    if backend == "triton":
+        return PolicyTerms(
+            *_FusedTerms.apply(logps, old_logps, advantages, mask, ref_logps, importance, row, shape, level, kl)
+        )
+    return _terms(logps, old_logps, advantages, mask, ref_logps, importance, row, shape, level, kl)
+
+
+def _terms(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logps: Tensor | None,
+    importance: Tensor | None,
+    row: Loss,
+    shape: Shape,
+    level: Level,
+    kl: Kl,
+) -> PolicyTerms:
+    """The torch reference."""
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     keep = mask.bool()
 
     def clean(x: Tensor) -> Tensor:  # torch.where, not a product: NaN * 0 is NaN, in the gradient too
         return torch.where(keep, x.to(dtype), 0.0)
 
-    row = LOSSES[loss]
-    logps, old_logps = clean(logps), clean(old_logps.detach())
-    log_ratio = logps - old_logps
+    logps = clean(logps)
+    log_ratio = logps - clean(old_logps.detach())
     log_weight = log_ratio
-    if (level or row.level) == "sequence":
+    if level == "sequence":
         log_weight = (log_ratio.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
     log_weight = log_weight.clamp(max=MAX_LOG_RATIO)
-    advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).to(dtype).expand_as(logps)
-    if importance is not None:
-        importance = importance.to(dtype).expand_as(logps)
+    importance = None if importance is None else torch.where(keep, importance.detach().to(dtype), 1.0)
 
-    low, high = clip_range(loss, epsilon, epsilon_high)
-    tokens = Tokens(logps, log_ratio, log_weight, clean(advantages), keep.to(dtype), importance)
-    policy = row.term(tokens, Shape(low, high, delta, sapo_temperatures, vespo_shape))
+    tokens = Tokens(logps, log_ratio, log_weight, clean(advantages.detach()), keep.to(dtype), importance)
+    policy = row.term(tokens, shape)
     if importance is not None and not row.folds_importance:
         policy = policy * importance
     estimate = None if ref_logps is None else clean(kl_terms(logps, clean(ref_logps.detach()), log_weight, kl))
     return PolicyTerms(clean(policy), estimate, clean(log_weight.detach()))
+
+
+class _FusedTerms(torch.autograd.Function):
+    """Terms and their derivatives by the kernel in the forward pass; the backward pass multiplies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logps: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logps: Tensor | None,
+        importance: Tensor | None,
+        row: Loss,
+        shape: Shape,
+        level: Level,
+        kl: Kl,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        batch, time = logps.shape
+        keep = mask.bool().contiguous()
+        policy, policy_slope, log_weight = (torch.empty_like(keep, dtype=torch.float32) for _ in range(3))
+        estimate = kl_slope = None
+        if ref_logps is not None:
+            estimate, kl_slope = torch.empty_like(policy), torch.empty_like(policy)
+        if batch and time:
+            _terms_kernel[(batch,)](
+                logps.contiguous(), old_logps.contiguous(), None if ref_logps is None else ref_logps.contiguous(),
+                advantages, keep.view(torch.uint8), importance,
+                policy, policy_slope, estimate, kl_slope, log_weight,
+                time, *advantages.stride(), *((0, 0) if importance is None else importance.stride()),
+                shape.low, shape.high, math.inf if shape.delta is None else shape.delta,
+                *shape.sapo_temperatures, *shape.vespo_shape, MAX_LOG_RATIO, math.log(1e-8),
+                TERM=row.term.__name__, SEQUENCE=level == "sequence", KL=None if ref_logps is None else kl,
+                IMPORTANCE=importance is not None, BLOCK=min(1024, triton.next_power_of_2(time)),
+            )  # fmt: skip
+        ctx.save_for_backward(keep, policy_slope, kl_slope, log_weight, estimate)
+        # at sequence level a term moves with w, and w with every token of the sequence; what has w under a
+        # stop-gradient, and the KL estimate's own logp, move with their own token only
+        ctx.policy_by_sequence = level == "sequence" and row.term in (clipped, sapo)
+        ctx.kl_by_sequence = level == "sequence" and kl == "k3_ratio" and ref_logps is not None
+        ctx.mark_non_differentiable(log_weight)
+        return policy, estimate, log_weight
+
+    @staticmethod
+    def backward(ctx: Any, grad_policy: Tensor, grad_kl: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
+        keep, policy_slope, kl_slope, log_weight, estimate = ctx.saved_tensors
+        policy = grad_policy * policy_slope
+        grad = torch.zeros_like(policy) if ctx.policy_by_sequence else policy
+        by_sequence = policy if ctx.policy_by_sequence else torch.zeros_like(policy)
+        if kl_slope is not None:
+            grad = grad + grad_kl * kl_slope
+            if ctx.kl_by_sequence:
+                by_sequence = by_sequence + torch.where(log_weight < MAX_LOG_RATIO, grad_kl * estimate, 0.0)
+        if ctx.policy_by_sequence or ctx.kl_by_sequence:
+            share = by_sequence.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
+            grad = grad + torch.where(keep, share, 0.0)
+        return grad, *[None] * 9
+
+
+if triton is not None:
+
+    @triton.jit
+    def _terms_kernel(
+        logps_ptr, old_ptr, ref_ptr, advantages_ptr, keep_ptr, importance_ptr,
+        policy_ptr, policy_slope_ptr, kl_ptr, kl_slope_ptr, log_weight_ptr,
+        time, advantage_row, advantage_column, importance_row, importance_column,
+        low, high, delta, tau_positive, tau_other, k_positive, lambda_positive, k_negative, lambda_negative,
+        max_log_ratio, lowest,
+        TERM: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, IMPORTANCE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One sequence: every token's policy term and KL estimate, and their derivatives.
+
+        policy_slope: d policy / d logp, or d policy / d log w at sequence level where w is not under a stop-gradient.
+        kl_slope: d kl / d logp, at sequence level without the part through w (that part is kl itself).
+        Formulas: the torch functions of this file.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        offsets = tl.arange(0, BLOCK)
+
+        if SEQUENCE or TERM == "vespo":  # the first pass: what needs the whole sequence
+            total = tl.zeros([BLOCK], tl.float32)
+            count = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, time, BLOCK):
+                t = start + offsets
+                keep = tl.load(keep_ptr + row * time + t, mask=t < time, other=0) != 0
+                logps = tl.load(logps_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32)
+                old = tl.load(old_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32)
+                log_ratio = logps - old
+                if TERM == "vespo":
+                    log_ratio = tl.minimum(tl.maximum(log_ratio, -20.0), 20.0)
+                    if IMPORTANCE:
+                        pointers = importance_ptr + row * importance_row + t * importance_column
+                        log_importance = tl.log(tl.load(pointers, mask=keep, other=1.0).to(tl.float32))
+                        log_ratio += tl.minimum(tl.maximum(log_importance, lowest), 20.0)
+                total += tl.where(keep, log_ratio, 0.0)
+                count += tl.where(keep, 1.0, 0.0)
+            total_log_ratio = tl.sum(total)
+            mean_log_ratio = total_log_ratio / tl.maximum(tl.sum(count), 1.0)
+
+        for start in range(0, time, BLOCK):
+            t = start + offsets
+            inside = t < time
+            keep = tl.load(keep_ptr + row * time + t, mask=inside, other=0) != 0
+            logps = tl.load(logps_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32)
+            old = tl.load(old_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32)
+            pointers = advantages_ptr + row * advantage_row + t * advantage_column
+            advantages = tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
+            raw = logps - old
+            if SEQUENCE:
+                raw = tl.where(keep, mean_log_ratio, 0.0)
+            log_weight = tl.minimum(raw, max_log_ratio)
+            w = tl.exp(log_weight)
+            w_slope = tl.where(raw <= max_log_ratio, w, 0.0)  # d w / d log-ratio
+
+            if TERM == "clipped":
+                first = tl.minimum(w, delta) * advantages
+                second = tl.minimum(tl.maximum(w, low), high) * advantages
+                policy = -tl.minimum(first, second)
+                first_slope = tl.where(w <= delta, w_slope, 0.0)
+                second_slope = tl.where((w >= low) & (w <= high), w_slope, 0.0)
+                slope = tl.where(first < second, first_slope, second_slope)
+                slope = tl.where(first == second, 0.5 * (first_slope + second_slope), slope) * -advantages
+            elif TERM == "sapo":
+                tau = tl.where(advantages > 0, tau_positive, tau_other)
+                gate = tl.sigmoid(tau * (w - 1))
+                policy = -4 / tau * gate * advantages
+                slope = -4 * gate * (1 - gate) * w_slope * advantages
+            else:
+                if TERM == "cispo":
+                    factor = tl.minimum(w, high)
+                elif TERM == "vespo":
+                    log_w = tl.minimum(tl.maximum(total_log_ratio, lowest), 20.0)
+                    k = tl.where(advantages >= 0, k_positive, k_negative)
+                    rate = tl.where(advantages >= 0, lambda_positive, lambda_negative)
+                    factor = tl.exp(rate + k * log_w - rate * tl.exp(log_w))
+                else:  # reinforce
+                    factor = tl.full([BLOCK], 1.0, tl.float32)
+                slope = -factor * advantages
+                policy = slope * logps
+            if IMPORTANCE and TERM != "vespo":
+                pointers = importance_ptr + row * importance_row + t * importance_column
+                importance = tl.load(pointers, mask=keep, other=1.0).to(tl.float32)
+                policy *= importance
+                slope *= importance
+            tl.store(policy_ptr + row * time + t, tl.where(keep, policy, 0.0), mask=inside)
+            tl.store(policy_slope_ptr + row * time + t, tl.where(keep, slope, 0.0), mask=inside)
+            tl.store(log_weight_ptr + row * time + t, tl.where(keep, log_weight, 0.0), mask=inside)
+
+            if KL is not None:
+                d = tl.load(ref_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32) - logps
+                if KL == "k1":
+                    kl = -d
+                    slope = tl.full([BLOCK], 1.0, tl.float32)
+                elif KL == "k2":
+                    kl = d * d / 2
+                    slope = -d
+                else:
+                    bounded = tl.minimum(d, max_log_ratio)
+                    power = tl.exp(bounded)
+                    kl = power - bounded - 1
+                    slope = tl.where(d <= max_log_ratio, 1 - power, 0.0)
+                    if KL == "k3_ratio":
+                        slope = slope * w
+                        if not SEQUENCE:
+                            slope += kl * w_slope
+                        kl = kl * w
+                tl.store(kl_ptr + row * time + t, tl.where(keep, kl, 0.0), mask=inside)
+                tl.store(kl_slope_ptr + row * time + t, tl.where(keep, slope, 0.0), mask=inside)
