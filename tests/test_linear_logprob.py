@@ -14,7 +14,7 @@ from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 needs_triton = pytest.mark.skipif(module.triton is None, reason="no Triton")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 # Largest relative error of a row: one rounding of a result to its dtype (2^-9 for bf16) and of the products' operands.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def inputs(tokens, hidden, vocab, dtype, device="cpu", seed=0):
@@ -70,7 +70,7 @@ def compare(backend, dtype, shape, device="cpu", *, entropy_grad=False, use_bias
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 3 rows by 64 columns, so that small inputs have several of both, ragged at the end."""
-    monkeypatch.setattr(module, "_tile", lambda tokens, low_memory: (3, 64))
+    monkeypatch.setattr(module, "_tile", lambda tokens, recompute: (3, 64))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,7 +226,7 @@ def test_second_backward_adds_the_same(backend, low_memory):
 def test_the_logits_are_never_whole(monkeypatch, backend, low_memory):
     """No operation of forward and backward returns more bytes than the head or a tile has."""
     tokens, hidden, vocab, tile = 32, 8, 300, (8, 64)
-    monkeypatch.setattr(module, "_tile", lambda tokens, low_memory: tile)
+    monkeypatch.setattr(module, "_tile", lambda tokens, recompute: tile)
 
     class Largest(TorchDispatchMode):
         size = 0

@@ -7,7 +7,8 @@ For a row h and a head W, z_j = cap(h . W_j + bias_j) / temperature with cap(x) 
 
 The logits are made in tiles of some rows by some vocabulary columns that fit the GPU's L2 cache: one matrix product
 by the vendor's library with fp32 output, then one row kernel (Triton on CUDA, torch elsewhere) that keeps a running
-maximum and running sums, as in flash attention, and overwrites the tile with what the next product needs.
+maximum and running sums, as in flash attention, and overwrites the tile with what the next product needs. Inside, z
+is in bits (times log2 e): the GPU's exponential is 2^x.
 
 Which products are done (one product is 2 * tokens * hidden * vocab operations):
 
@@ -22,6 +23,7 @@ The target's own column is left out of the sums and of P: logp = -softplus(logsu
 1 - p_t = -expm1(logp) keep their relative precision where the target has nearly all the mass.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +36,8 @@ try:
     import triton.language as tl
 except ImportError:  # no Triton on macOS: the torch row steps serve
     triton = None
+
+LOG2E = math.log2(math.e)
 
 
 def linear_logprob(
@@ -77,7 +81,7 @@ def linear_logprob(
         backend = "triton" if usable and hidden.is_cuda else "torch"
     elif backend not in ("triton", "torch") or (backend == "triton" and not usable):
         raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton, not for float64), 'torch' or None")
-    options = _Options(float(temperature), softcap, entropy_grad, low_memory, backend == "triton")
+    options = _Options(LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad)
     return _LinearLogprob.apply(hidden, weight, bias, targets, grad_rows, options)
 
 
@@ -137,50 +141,37 @@ def _check(
 
 
 class _Options(NamedTuple):
-    temperature: float
+    scale: float  # z = scale * capped logits, in bits: log2(e) / temperature
     softcap: float | None
-    entropy_grad: bool
-    low_memory: bool
     kernels: bool  # Triton row kernels rather than torch row steps
-
-
-class _Sums(NamedTuple):
-    """Running sums over the vocabulary, [rows] each. The target's column is in `maximum` only."""
-
-    maximum: Tensor  # of z
-    total: Tensor  # sum exp(z_j - maximum), j != target
-    weighted: Tensor  # sum exp(z_j - maximum) (z_j - maximum), j != target
-    target: Tensor  # z of the target
+    recompute: bool  # the logits again in the backward pass, rather than a gradient factor kept
+    entropy_grad: bool
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, grad_rows, options: _Options):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         order, count = None, len(hidden)  # the first `count` rows of `order` (None: as they are) have a gradient
-        if not (need_hidden or need_weight or need_bias):
+        if not any(ctx.needs_input_grad[:3]):
             count = 0
         elif grad_rows is not None:
             count = int(grad_rows.sum())
             order = grad_rows.logical_not().to(torch.int8).argsort(stable=True) if count < len(hidden) else None
-        keep = need_hidden and not (options.entropy_grad or options.low_memory)
-
+        keep = ctx.needs_input_grad[0] and not options.recompute
         factor = hidden.new_empty(count if keep else 0, hidden.shape[1], dtype=_accumulator_dtype(hidden))
-        ordered_targets = targets if order is None else targets[order]
-        sums = _forward(hidden, weight, bias, ordered_targets, order, factor, options)
+        targets = targets if order is None else targets[order]
+        maximum, total, weighted, target = _forward(hidden, weight, bias, targets, order, factor, options)
 
-        logps = -F.softplus(sums.maximum + sums.total.log() - sums.target)
-        target_shift = sums.target - sums.maximum
-        target_mass = target_shift.exp()
-        mass = sums.total + target_mass
-        entropy = (mass.log() - (sums.weighted + target_mass * target_shift) / mass).clamp_(min=0)
+        logps = -F.softplus((maximum + total.log2() - target) / LOG2E)
+        target_mass = torch.exp2(target - maximum)
+        mass = total + target_mass
+        entropy = mass.log2() - (weighted + target_mass * (target - maximum)) / mass
+        entropy = entropy.div_(LOG2E).clamp_(min=0)
 
         if count:
-            ctx.save_for_backward(
-                hidden if need_weight or need_bias or not keep else None,
-                *(weight, bias, factor, order),
-                *(x[:count] for x in (ordered_targets, sums.maximum, mass, sums.target, logps, entropy)),
-            )
+            head_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            rows = (x[:count] for x in (targets, maximum, mass, target, logps, entropy))
+            ctx.save_for_backward(None if keep and not head_grad else hidden, weight, bias, factor, order, *rows)
         ctx.tokens, ctx.count, ctx.keep, ctx.options = len(hidden), count, keep, options
         if order is not None:
             logps, entropy = (torch.empty_like(x).index_copy_(0, order, x) for x in (logps, entropy))
@@ -193,58 +184,45 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None):
         if not ctx.count or (grad_logps is None and grad_entropy is None):
             return (None,) * 6
-        hidden, weight, bias, factor, order, targets, maximum, mass, target_logit, logps, entropy = ctx.saved_tensors
-        options, count = ctx.options, ctx.count
-        index = slice(0, count) if order is None else order[:count]
+        hidden, weight, bias, factor, order, targets, maximum, mass, target, logps, entropy = ctx.saved_tensors
+        options: _Options = ctx.options
+        index = slice(0, ctx.count) if order is None else order[: ctx.count]
         grad_logps, grad_entropy = (
             torch.zeros_like(logps) if x is None else x[index].to(logps.dtype) for x in (grad_logps, grad_entropy)
         )
-        grad_hidden: Any = None
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            # rows outside grad_rows stay zero
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:  # rows outside grad_rows stay zero
             grad_hidden = (weight.new_empty if order is None else weight.new_zeros)(ctx.tokens, weight.shape[1])
-        if ctx.keep:
-            slope = 1.0
+        if grad_hidden is not None and ctx.keep:
+            inverse_temperature = options.scale / LOG2E
+            target_scale = grad_logps * -torch.expm1(logps) * inverse_temperature
             if options.softcap is not None:
-                slope = 1 - (target_logit * options.temperature / options.softcap).square()
-            target_scale = grad_logps * slope * -torch.expm1(logps) / options.temperature
-            others_scale = -grad_logps / (mass * options.temperature * _half_range(weight))
-            for rows in _slices(0, count, 512):
+                target_scale *= 1 - (target / (options.scale * options.softcap)).square()
+            others_scale = grad_logps * (-inverse_temperature / _half_range(weight)) / mass
+            for rows in _slices(0, ctx.count, 512):
                 part = factor[rows] * others_scale[rows, None]
                 part.addcmul_(weight[targets[rows]].to(part.dtype), target_scale[rows, None])
-                grad_hidden[rows if order is None else order[rows]] = part.to(weight.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or not ctx.keep:
+                _put(grad_hidden, order, rows, part)
+        if not ctx.keep or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             # Half precision cannot hold the gradient of a mean over many tokens: scale it, and back at the end.
             largest = torch.maximum(grad_logps.abs().max(), grad_entropy.abs().max())
             largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
-            back = largest / (_half_range(weight) * options.temperature)
-            rows_data = _Rows(
-                targets,
-                maximum + mass.log(),
-                -torch.expm1(logps),
-                entropy,
-                grad_logps / largest,
-                grad_entropy / largest,
+            back = largest * (options.scale / LOG2E / _half_range(weight))
+            data = torch.stack(
+                [
+                    maximum + mass.log2(),  # logsumexp in bits
+                    -torch.expm1(logps),  # 1 - p_target
+                    entropy * LOG2E,
+                    grad_logps / largest,
+                    grad_entropy / (largest * LOG2E),
+                ]
             )
-            if ctx.needs_input_grad[0] and not ctx.keep:
-                _hidden_gradient(grad_hidden, hidden, weight, bias, order, rows_data, back, options)
+            if grad_hidden is not None and not ctx.keep:
+                _hidden_gradient(grad_hidden, hidden, weight, bias, targets, order, data, back, options)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                if order is not None:
-                    hidden = hidden[index]
-                grad_weight, grad_bias = _head_gradient(hidden, weight, bias, rows_data, back, options)
+                hidden = hidden if order is None else hidden[index]
+                grad_weight, grad_bias = _head_gradient(hidden, weight, bias, targets, data, back, options)
         return grad_hidden, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None, None, None
-
-
-class _Rows(NamedTuple):
-    """What the gradient with respect to the logits needs of each row, [rows] each."""
-
-    targets: Tensor
-    lse: Tensor
-    target_rest: Tensor  # 1 - p_target
-    entropy: Tensor
-    grad_logps: Tensor
-    grad_entropy: Tensor
 
 
 def _forward(
@@ -255,27 +233,34 @@ def _forward(
     order: Tensor | None,
     factor: Tensor,
     options: _Options,
-) -> _Sums:
-    """Sums of every row, in the order of `order`; the first len(factor) rows also fill their row of factor:
-    sum over j != target of exp(z_j - maximum) cap'_j W_j, times _half_range."""
-    tokens, vocab = len(hidden), len(weight)
-    height, width = _tile(tokens, options.low_memory)
+) -> Tensor:
+    """[4, tokens] running sums of every row, in the order of `order`, at the end of the vocabulary:
+
+        maximum   of z
+        total     sum over j != target of 2^(z_j - maximum)
+        weighted  sum over j != target of 2^(z_j - maximum) (z_j - maximum)
+        target    z of the target
+
+    The first len(factor) rows also fill their row of factor: sum over j != target of 2^(z_j - maximum) cap'_j W_j,
+    times _half_range."""
+    tokens = len(hidden)
+    height, width = _tile(tokens, options.recompute)
     buffer = hidden.new_empty(height, width, dtype=factor.dtype)
     state = torch.zeros(4, tokens, dtype=factor.dtype, device=hidden.device)
-    state[0].fill_(-torch.inf)
-    state[3].fill_(-torch.inf)
+    state[0] = state[3] = -torch.inf
     step = _softmax_step_triton if options.kernels else _softmax_step_torch
+    blocks = _blocks(weight, width)
     for rows in (*_slices(0, len(factor), height), *_slices(len(factor), tokens, height)):
-        part = hidden[rows if order is None else order[rows]]
-        sums = _Sums(*state[:, rows])
+        part, part_targets, part_state = hidden[_index(order, rows)], targets[rows], state[:, rows]
         accumulator = factor[rows] if rows.start < len(factor) else None
-        for columns in _slices(0, vocab, width):
-            logits = _matmul(part, weight[columns].T, buffer[: len(part), : columns.stop - columns.start])
-            bias_part = None if bias is None else bias[columns]
-            powers = step(logits, bias_part, targets[rows] - columns.start, sums, accumulator, weight, options)
+        tiles = _Tiles(buffer, len(part), weight)
+        for start, block, block_transposed in blocks:
+            logits, narrow = tiles[len(block)]
+            _matmul(part, block_transposed, logits)
+            powers = step(logits, narrow, bias, part_targets, start, part_state, accumulator, options)
             if accumulator is not None:
-                _matmul(powers, weight[columns], accumulator, accumulate=columns.start > 0)
-    return _Sums(*state)
+                _matmul(powers, block, accumulator, accumulate=start > 0)
+    return state
 
 
 def _hidden_gradient(
@@ -283,76 +268,105 @@ def _hidden_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    targets: Tensor,
     order: Tensor | None,
-    rows_data: _Rows,
+    data: Tensor,
     back: Tensor,
     options: _Options,
 ) -> None:
-    """grad_hidden = dz @ weight, row chunks outside so that one chunk's fp32 accumulator is all it takes."""
-    height, width = _tile(len(rows_data.targets), low_memory=True)
+    """grad_hidden = back * dz @ weight; row chunks outside, so that one fp32 chunk of it is all that it takes."""
+    height, width = _tile(len(targets), recompute=True)
     buffer = hidden.new_empty(height, width, dtype=back.dtype)
-    accumulator_buffer = hidden.new_empty(height, hidden.shape[1], dtype=back.dtype)
-    for rows in _slices(0, len(rows_data.targets), height):
-        index = rows if order is None else order[rows]
-        part = hidden[index]
-        accumulator = accumulator_buffer[: len(part)]
-        for columns in _slices(0, len(weight), width):
-            dz = _logit_gradient(part, weight, bias, rows, columns, rows_data, buffer, options)
-            _matmul(dz, weight[columns], accumulator, accumulate=columns.start > 0)
-        grad_hidden[index] = accumulator.mul_(back).to(grad_hidden.dtype)
+    chunk = hidden.new_empty(height, hidden.shape[1], dtype=back.dtype)
+    step = _gradient_step_triton if options.kernels else _gradient_step_torch
+    blocks = _blocks(weight, width)
+    for rows in _slices(0, len(targets), height):
+        part, part_targets, part_data = hidden[_index(order, rows)], targets[rows], data[:, rows]
+        accumulator = chunk[: len(part)]
+        tiles = _Tiles(buffer, len(part), weight)
+        for start, block, block_transposed in blocks:
+            logits, narrow = tiles[len(block)]
+            _matmul(part, block_transposed, logits)
+            dz = step(logits, narrow, bias, part_targets, start, part_data, options)
+            _matmul(dz, block, accumulator, accumulate=start > 0)
+        _put(grad_hidden, order, rows, accumulator.mul_(back))
 
 
 def _head_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_data: _Rows, back: Tensor, options: _Options
-) -> tuple[Tensor, Tensor | None]:
-    """dz^T @ hidden and the column sums of dz, vocabulary outside so that one fp32 block of them is all it takes."""
-    height, width = _tile(len(hidden), low_memory=True)
-    buffer = hidden.new_empty(height, width, dtype=back.dtype)
-    accumulator_buffer = hidden.new_empty(width, hidden.shape[1], dtype=back.dtype)
-    grad_weight = torch.empty_like(weight)
-    grad_bias = None if bias is None else torch.empty_like(bias)
-    for columns in _slices(0, len(weight), width):
-        accumulator = accumulator_buffer[: columns.stop - columns.start]
-        bias_accumulator = accumulator.new_zeros(len(accumulator))
-        for rows in _slices(0, len(hidden), height):
-            dz = _logit_gradient(hidden[rows], weight, bias, rows, columns, rows_data, buffer, options)
-            _matmul(dz.T, hidden[rows], accumulator, accumulate=rows.start > 0)
-            bias_accumulator += dz.sum(0, dtype=back.dtype)
-        grad_weight[columns] = accumulator.mul_(back)
-        if grad_bias is not None:
-            grad_bias[columns] = bias_accumulator * back
-    return grad_weight, grad_bias
-
-
-def _logit_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: slice,
-    columns: slice,
-    rows_data: _Rows,
-    buffer: Tensor,
+    targets: Tensor,
+    data: Tensor,
+    back: Tensor,
     options: _Options,
-) -> Tensor:
-    """[rows, columns] gradient with respect to the raw logits, times temperature * _half_range."""
-    logits = _matmul(hidden, weight[columns].T, buffer[: len(hidden), : columns.stop - columns.start])
-    data = _Rows(*(x[rows] for x in rows_data))
-    data = data._replace(targets=data.targets - columns.start)
+) -> tuple[Tensor, Tensor | None]:
+    """back * dz^T @ hidden and dz's column sums; vocabulary outside, so that one fp32 block of them is all it takes."""
+    height, width = _tile(len(targets), recompute=True)
+    buffer = hidden.new_empty(height, width, dtype=back.dtype)
+    block_gradient = hidden.new_empty(width, hidden.shape[1], dtype=back.dtype)
+    grad_weight = torch.empty_like(weight)
+    grad_bias = None if bias is None else torch.empty_like(bias)
     step = _gradient_step_triton if options.kernels else _gradient_step_torch
-    return step(logits, None if bias is None else bias[columns], data, weight, options)
+    for start, block, block_transposed in _blocks(weight, width):
+        accumulator = block_gradient[: len(block)]
+        bias_accumulator = accumulator.new_zeros(len(block))
+        for rows in _slices(0, len(hidden), height):
+            part = hidden[rows]
+            logits, narrow = _Tiles(buffer, len(part), weight)[len(block)]
+            _matmul(part, block_transposed, logits)
+            dz = step(logits, narrow, bias, targets[rows], start, data[:, rows], options)
+            _matmul(dz.T, part, accumulator, accumulate=rows.start > 0)
+            if grad_bias is not None:
+                bias_accumulator += dz.sum(0, dtype=back.dtype)
+        grad_weight[start : start + len(block)] = accumulator.mul_(back)
+        if grad_bias is not None:
+            grad_bias[start : start + len(block)] = bias_accumulator * back
+    return grad_weight, grad_bias
 
 
-def _tile(tokens: int, low_memory: bool) -> tuple[int, int]:
+def _tile(tokens: int, recompute: bool) -> tuple[int, int]:
     """Rows and vocabulary columns of a tile of logits. 32 MiB of fp32, so that it stays in an H100's L2 cache (50 MB)
     between the product that writes it and the kernel that reads it, and whole waves of 128 x 256 output blocks for
-    both products; low memory: 16 MiB, and fewer rows, because each has an fp32 accumulator [hidden] besides."""
-    height = max(1, min(tokens, 1024 if low_memory else 2048))
-    area = 2**22 if low_memory else 2**23
+    both products; recompute: 16 MiB, and fewer rows, because each has an fp32 accumulator [hidden] besides."""
+    height = max(1, min(tokens, 1024 if recompute else 2048))
+    area = 2**22 if recompute else 2**23
     return height, min(16384, 1 << (area // height).bit_length() - 1)
+
+
+class _Tiles:
+    """Views of one buffer as a tile of logits [rows, width], and as one of the head's dtype in the same memory: of
+    each row of fp32, bf16 takes the first half. Made once per width, as a view costs as much as a kernel launch."""
+
+    def __init__(self, buffer: Tensor, rows: int, weight: Tensor):
+        self.buffer, self.rows, self.dtype = buffer, rows, weight.dtype
+        self.views: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, width: int) -> tuple[Tensor, Tensor]:
+        if width not in self.views:
+            logits = self.buffer[: self.rows, :width]
+            self.views[width] = logits, logits.view(self.dtype)[:, :width]
+        return self.views[width]
+
+
+def _blocks(weight: Tensor, width: int) -> list[tuple[int, Tensor, Tensor]]:
+    """First column, head block [columns, hidden] and its transpose, for each vocabulary block."""
+    return [(i * width, block, block.T) for i, block in enumerate(weight.split(width))]
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _index(order: Tensor | None, rows: slice) -> Any:
+    return rows if order is None else order[rows]
+
+
+def _put(out: Tensor, order: Tensor | None, rows: slice, values: Tensor) -> None:
+    if order is None:
+        out[rows] = values
+    else:
+        out.index_copy_(0, order[rows], values.to(out.dtype))
 
 
 def _accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -367,74 +381,83 @@ def _half_range(x: Tensor) -> float:
 def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """out = a @ b, or out += a @ b, in out's precision whatever the operands' dtype."""
     if out.is_cuda and b.dtype != out.dtype:
-        a = a.to(b.dtype)
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
 
 
-# Row steps in torch. Tiles are overwritten; `targets` count from the tile's first column and may lie outside it.
+# Row steps in torch. They overwrite the tile `logits` and return it, or a copy in the dtype of `narrow` on CUDA.
 
 
-def _scale_torch(logits: Tensor, bias: Tensor | None, options: _Options) -> tuple[Tensor, Tensor | None]:
+def _scale_torch(logits: Tensor, bias: Tensor | None, start: int, options: _Options) -> tuple[Tensor, Tensor | None]:
     """z, and the softcap's derivative where there is one."""
     if bias is not None:
-        logits += bias
+        logits += bias[start : start + logits.shape[1]]
     slope = None
     if options.softcap is not None:
         ratio = logits.div_(options.softcap).tanh_()
         slope = 1 - ratio.square()
         logits = ratio.mul_(options.softcap)
-    return logits.div_(options.temperature), slope
+    return logits.mul_(options.scale), slope
 
 
-def _at_target(values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _at_target(values: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each row's target lies in the tile, its column (0 where not), and the value there."""
-    inside = (targets >= 0) & (targets < values.shape[1])
-    column = torch.where(inside, targets, 0)[:, None]
+    inside = (targets >= start) & (targets < start + values.shape[1])
+    column = torch.where(inside, targets - start, 0)[:, None]
     return inside, column, values.gather(1, column).squeeze(1)
+
+
+def _finish_torch(values: Tensor, slope: Tensor | None, narrow: Tensor) -> Tensor:
+    values = values.mul_(_half_range(narrow)) if slope is None else values.mul_(slope).mul_(_half_range(narrow))
+    return values.to(narrow.dtype) if values.is_cuda else values
 
 
 def _softmax_step_torch(
     logits: Tensor,
+    narrow: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    sums: _Sums,
+    start: int,
+    state: Tensor,
     accumulator: Tensor | None,
-    weight: Tensor,
     options: _Options,
 ) -> Tensor:
-    """Fold a tile of raw logits into `sums` in place; with an accumulator, return its powers. See the Triton kernel."""
-    z, slope = _scale_torch(logits, bias, options)
-    inside, column, at_target = _at_target(z, targets)
-    sums.target.copy_(torch.where(inside, at_target, sums.target))
-    maximum = torch.maximum(sums.maximum, z.amax(1))
-    decay = torch.exp(sums.maximum - maximum)
-    fallen = torch.where(decay > 0, decay * (sums.weighted + sums.total * (sums.maximum - maximum)), 0)
-    shifted = z.sub_(maximum[:, None])
-    powers = shifted.exp()
+    """Fold a tile of raw logits into `state` in place; returns its powers. See the Triton kernel."""
+    z, slope = _scale_torch(logits, bias, start, options)
+    old, total, weighted, target = state
+    inside, column, at_target = _at_target(z, targets, start)
+    target.copy_(torch.where(inside, at_target, target))
+    maximum = torch.maximum(old, z.amax(1))
+    decay = torch.exp2(old - maximum)
+    if accumulator is not None and start > 0:
+        accumulator.mul_(decay[:, None])
+    shifted = z.sub_(maximum[:, None]).clamp_(min=-1e4)  # 0 * -inf would be nan
+    powers = shifted.exp2()
     powers.scatter_(1, column, torch.where(inside, 0, powers.gather(1, column).squeeze(1))[:, None])
-    sums.total.mul_(decay).add_(powers.sum(1))
-    sums.weighted.copy_(fallen + shifted.mul_(powers).nan_to_num_(nan=0.0).sum(1))  # nan: 0 * -inf
-    if accumulator is not None:
-        accumulator.mul_(torch.where(sums.maximum.isneginf(), 1, decay)[:, None])  # not filled yet on the first tile
-    sums.maximum.copy_(maximum)
-    return powers.mul_(_half_range(weight)) if slope is None else powers.mul_(slope).mul_(_half_range(weight))
+    fallen = decay * (weighted + total * (old - maximum).clamp(min=-1e4))
+    weighted.copy_(fallen + shifted.mul_(powers).sum(1))
+    total.mul_(decay).add_(powers.sum(1))
+    old.copy_(maximum)
+    return _finish_torch(powers, slope, narrow)
 
 
-def _gradient_step_torch(logits: Tensor, bias: Tensor | None, data: _Rows, weight: Tensor, options: _Options) -> Tensor:
-    """Turn a tile of raw logits into their gradient; see the Triton kernel."""
-    z, slope = _scale_torch(logits, bias, options)
-    logp = z.sub_(data.lse[:, None])
-    from_entropy = (logp + data.entropy[:, None]).mul_(data.grad_entropy[:, None])
-    from_entropy.masked_fill_(logp.isneginf(), 0)
-    probability = logp.exp_()
-    inside, column, p_target = _at_target(probability, data.targets)
-    at_target = data.grad_logps * data.target_rest - p_target * from_entropy.gather(1, column).squeeze(1)
-    dz = from_entropy.add_(data.grad_logps[:, None]).mul_(probability).neg_()
+def _gradient_step_torch(
+    logits: Tensor, narrow: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
+) -> Tensor:
+    """Turn a tile of raw logits into their gradient. See the Triton kernel."""
+    z, slope = _scale_torch(logits, bias, start, options)
+    lse, target_rest, entropy, grad_logps, grad_entropy = data[:, :, None]
+    logp = z.sub_(lse).clamp_(min=-1e4)
+    from_entropy = (logp + entropy).mul_(grad_entropy)
+    p = logp.exp2_()
+    from_entropy.mul_(p)
+    inside, column, at_target = _at_target(from_entropy, targets, start)
+    at_target = (grad_logps * target_rest).squeeze(1) - at_target
+    dz = from_entropy.add_(p.mul_(grad_logps)).neg_()
     dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column).squeeze(1))[:, None])
-    return dz.mul_(_half_range(weight)) if slope is None else dz.mul_(slope).mul_(_half_range(weight))
+    return _finish_torch(dz, slope, narrow)
 
 
 # Row kernels in Triton: one program a row, the whole width of the tile in registers.
@@ -442,48 +465,40 @@ def _gradient_step_torch(logits: Tensor, bias: Tensor | None, data: _Rows, weigh
 
 def _softmax_step_triton(
     logits: Tensor,
+    narrow: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    sums: _Sums,
+    start: int,
+    state: Tensor,
     accumulator: Tensor | None,
-    weight: Tensor,
     options: _Options,
 ) -> Tensor:
     rows, width = logits.shape
-    powers = _in_place(logits, weight.dtype)
     block, warps = _launch_shape(logits)
     _softmax_step_kernel[(rows,)](
-        *(logits, powers, bias, targets, *sums, accumulator, logits.stride(0), powers.stride(0), width),
-        *(weight.shape[1], 1 / options.temperature, options.softcap or 0.0, _half_range(weight)),
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=options.softcap is not None,
-        WRITE=accumulator is not None,
+        *(logits, narrow, bias, targets, state, accumulator),
+        *(logits.stride(0), narrow.stride(0), state.stride(0), 0 if accumulator is None else accumulator.shape[1]),
+        *(start, width, options.scale, _half_range(narrow)),
+        SOFTCAP=options.softcap,
         BLOCK=block,
         num_warps=warps,
     )
-    return powers
+    return narrow
 
 
 def _gradient_step_triton(
-    logits: Tensor, bias: Tensor | None, data: _Rows, weight: Tensor, options: _Options
+    logits: Tensor, narrow: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
 ) -> Tensor:
     rows, width = logits.shape
-    dz = _in_place(logits, weight.dtype)
     block, warps = _launch_shape(logits)
     _gradient_step_kernel[(rows,)](
-        *(logits, dz, bias, *data, logits.stride(0), dz.stride(0), width),
-        *(1 / options.temperature, options.softcap or 0.0, _half_range(weight)),
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=options.softcap is not None,
+        *(logits, narrow, bias, targets, data, logits.stride(0), narrow.stride(0), data.stride(0)),
+        *(start, width, options.scale, _half_range(narrow)),
+        SOFTCAP=options.softcap,
         BLOCK=block,
         num_warps=warps,
     )
-    return dz
-
-
-def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same rows as narrower numbers: each row's first half when fp32 becomes bf16."""
-    return logits.view(dtype)[:, : logits.shape[1]]
+    return narrow
 
 
 def _launch_shape(logits: Tensor) -> tuple[int, int]:
@@ -495,81 +510,89 @@ def _launch_shape(logits: Tensor) -> tuple[int, int]:
 if triton is not None:
 
     @triton.jit
-    def _scale(
-        z, bias_ptr, columns, valid, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-    ):
+    def _scale(raw, bias_ptr, columns, valid, scale, SOFTCAP: tl.constexpr):
         """z of raw logits, and the softcap's derivative (1 where there is none)."""
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-        slope = tl.full(z.shape, 1.0, tl.float32)
-        if HAS_SOFTCAP:
-            ratio = 2 * tl.sigmoid(2 * z / softcap) - 1  # tanh
+        if bias_ptr is not None:
+            raw += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+        slope = 1.0
+        if SOFTCAP is not None:
+            ratio = 2 * tl.sigmoid(raw * (2 / SOFTCAP)) - 1  # tanh
             slope = 1 - ratio * ratio
-            z = softcap * ratio
-        return tl.where(valid, z * inverse_temperature, -float("inf")), slope
+            raw = SOFTCAP * ratio
+        return raw * scale, slope
 
     @triton.jit
     def _softmax_step_kernel(
-        logits_ptr, powers_ptr, bias_ptr, targets_ptr,
-        maximum_ptr, total_ptr, weighted_ptr, target_ptr, accumulator_ptr,
-        logits_stride, powers_stride, width, hidden_size, inverse_temperature, softcap, half_range,
-        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+        logits_ptr, narrow_ptr, bias_ptr, targets_ptr, state_ptr, accumulator_ptr,
+        logits_stride, narrow_stride, state_stride, hidden_size, start, width, scale, half_range,
+        SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Fold one row of a tile into its running sums, with m the new maximum and decay = exp(m_old - m):
+        """Fold one row of a tile into its running sums, with m the new maximum and decay = 2^(m_old - m):
 
-            total    = decay total + sum_j exp(z_j - m)
-            weighted = decay (weighted + total_old (m_old - m)) + sum_j exp(z_j - m) (z_j - m)      j != target
+            total    = decay total + sum_j 2^(z_j - m)
+            weighted = decay (weighted + total_old (m_old - m)) + sum_j 2^(z_j - m) (z_j - m)      j != target
 
-        WRITE: also leave exp(z_j - m) cap'_j in the tile (0 for the target), and bring the row of the accumulator,
-        which sums such powers times W_j, from the old maximum to the new one.
+        With an accumulator: also leave 2^(z_j - m) cap'_j in the tile (0 for the target), and bring the row of the
+        accumulator, which sums such powers times W_j, from the old maximum to the new one.
         """
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
-        raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=0.0)
-        z, slope = _scale(raw, bias_ptr, columns, valid, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
-        is_target = columns == tl.load(targets_ptr + row)
-        target = tl.max(tl.where(is_target, z, -float("inf")), 0)
-        old = tl.load(maximum_ptr + row)
+        raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=-float("inf"))
+        target = tl.load(targets_ptr + row).to(tl.int32) - start
+        inside = (target >= 0) & (target < width)
+        raw_target = tl.load(logits_ptr + row * logits_stride + target, mask=inside, other=0.0)
+        state = state_ptr + row
+        old = tl.load(state)
+        total = tl.load(state + state_stride)
+        weighted = tl.load(state + 2 * state_stride)
+
+        z, slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
+        z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
         maximum = tl.maximum(old, tl.max(z, 0))
-        decay = tl.exp(old - maximum)
-        shifted = z - maximum
-        powers = tl.where(is_target, 0.0, tl.exp(shifted))
-        total = tl.load(total_ptr + row)
-        fallen = tl.where(decay > 0, decay * (tl.load(weighted_ptr + row) + total * (old - maximum)), 0.0)
-        tl.store(total_ptr + row, decay * total + tl.sum(powers, 0))
-        tl.store(weighted_ptr + row, fallen + tl.sum(tl.where(powers > 0, powers * shifted, 0.0), 0))
-        tl.store(maximum_ptr + row, maximum)
-        tl.store(target_ptr + row, tl.maximum(target, tl.load(target_ptr + row)))
-        if WRITE:
-            powers = powers * slope * half_range
+        shifted = tl.maximum(z - maximum, -1e4)  # 0 * -inf would be nan
+        powers = tl.where(columns == target, 0.0, tl.exp2(shifted))
+        rise = tl.maximum(old - maximum, -1e4)
+        decay = tl.exp2(rise)
+        tl.store(state, maximum)
+        tl.store(state + state_stride, decay * total + tl.sum(powers, 0))
+        tl.store(state + 2 * state_stride, decay * (weighted + total * rise) + tl.sum(powers * shifted, 0))
+        if inside:
+            z_target, _ = _scale(raw_target, bias_ptr, start + target, inside, scale, SOFTCAP)
+            tl.store(state + 3 * state_stride, z_target)
+        if accumulator_ptr is not None:
+            powers = (powers * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
             tl.debug_barrier()  # all of the row is read before its first half is overwritten
-            tl.store(powers_ptr + row * powers_stride + columns, powers.to(powers_ptr.dtype.element_ty), mask=valid)
-            if (decay < 1) & (old > -float("inf")):
-                for start in range(0, hidden_size, BLOCK):
-                    inside = start + columns < hidden_size
-                    pointers = accumulator_ptr + row * hidden_size + start + columns
-                    tl.store(pointers, decay * tl.load(pointers, mask=inside), mask=inside)
+            tl.store(narrow_ptr + row * narrow_stride + columns, powers, mask=valid)
+            if (decay < 1) & (start > 0):  # the first tile's product overwrites the accumulator
+                for first in range(0, hidden_size, BLOCK):
+                    pointers = accumulator_ptr + row * hidden_size + first + columns
+                    within = first + columns < hidden_size
+                    tl.store(pointers, decay * tl.load(pointers, mask=within), mask=within)
 
     @triton.jit
     def _gradient_step_kernel(
-        logits_ptr, dz_ptr, bias_ptr,
-        targets_ptr, lse_ptr, target_rest_ptr, entropy_ptr, grad_logps_ptr, grad_entropy_ptr,
-        logits_stride, dz_stride, width, inverse_temperature, softcap, half_range,
-        HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+        logits_ptr, narrow_ptr, bias_ptr, targets_ptr, data_ptr,
+        logits_stride, narrow_stride, data_stride, start, width, scale, half_range,
+        SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Overwrite one row of a tile by dz_j = cap'_j (g_logp ([j = t] - p_j) - g_entropy p_j (log p_j + entropy))."""
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
         raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=0.0)
-        z, slope = _scale(raw, bias_ptr, columns, valid, inverse_temperature, softcap, HAS_BIAS, HAS_SOFTCAP)
-        logp = z - tl.load(lse_ptr + row)
-        p = tl.exp(logp)
-        grad_logp = tl.load(grad_logps_ptr + row)
-        from_entropy = tl.load(grad_entropy_ptr + row) * tl.where(p > 0, p * (logp + tl.load(entropy_ptr + row)), 0.0)
-        is_target = columns == tl.load(targets_ptr + row)
-        dz = grad_logp * tl.where(is_target, tl.load(target_rest_ptr + row), -p) - from_entropy
-        dz = (dz * slope * half_range).to(dz_ptr.dtype.element_ty)
+        target = tl.load(targets_ptr + row).to(tl.int32) - start
+        data = data_ptr + row
+        lse = tl.load(data)
+        target_rest = tl.load(data + data_stride)
+        entropy = tl.load(data + 2 * data_stride)
+        grad_logp = tl.load(data + 3 * data_stride)
+        grad_entropy = tl.load(data + 4 * data_stride)
+
+        z, slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
+        logp = tl.maximum(z - lse, -1e4)
+        p = tl.exp2(logp)
+        dz = grad_logp * tl.where(columns == target, target_rest, -p) - p * (grad_entropy * (logp + entropy))
+        dz = (dz * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
         tl.debug_barrier()  # all of the row is read before its first half is overwritten
-        tl.store(dz_ptr + row * dz_stride + columns, dz, mask=valid)
+        tl.store(narrow_ptr + row * narrow_stride + columns, dz, mask=valid)

@@ -32,7 +32,7 @@ def test_matches_float64(backend, dtype, options, shape):
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(301, 1536, 151_936), (2051, 3584, 32_768)])
 def test_no_worse_than_plain_fp32_logits(low_memory, tokens, hidden, vocab):
     """Real sizes, bf16, half of the tokens confident: the errors of logps and gradient against float64 stay within
-    5% of the plain formula's on the upcast inputs, and the gradient's is the last rounding to bf16 alone."""
+    10% of what whole fp32 logits from the same bf16 product give (their gradient rounded to bf16, as autograd does)."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, hidden, device="cuda", generator=generator)
     weight = (torch.randn(vocab, hidden, device="cuda", generator=generator) * 2 / hidden**0.5).bfloat16()
@@ -42,22 +42,21 @@ def test_no_worse_than_plain_fp32_logits(low_memory, tokens, hidden, vocab):
     x = x.bfloat16()
     upstream = [torch.randn(tokens, device="cuda", generator=generator), None]
 
-    def gradients(function, x, weight, **options):
-        leaf = x.detach().clone().requires_grad_()
-        logps, _ = function(leaf, weight, targets, **options)
-        (logps * upstream[0].to(logps.dtype)).sum().backward()
-        return logps, leaf.grad
-
-    expected = gradients(linear_logprob_reference, x.double(), weight.double())
-    plain = gradients(linear_logprob_reference, x, weight)
-    actual = gradients(linear_logprob, x, weight, low_memory=low_memory)
+    expected = run(linear_logprob_reference, x.double(), weight.double(), None, targets, upstream)
+    logits = torch.mm(x, weight.T, out_dtype=torch.float32).requires_grad_()
+    plain_logps = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    (plain_logps * upstream[0]).sum().backward()
+    plain = plain_logps, logits.grad.bfloat16() @ weight
+    leaf = x.clone().requires_grad_()
+    logps, _ = linear_logprob(leaf, weight, targets, low_memory=low_memory)
+    (logps * upstream[0]).sum().backward()
     for rows in (slice(0, None, 2), slice(1, None, 2)):
-        for a, p, e in zip(actual, plain, expected):
+        for a, p, e in zip((logps, leaf.grad), plain, (expected[0], expected[2])):
             error, plain_error = (((t.double() - e)[rows].norm() / e[rows].norm()).item() for t in (a, p))
-            assert error < 1.05 * plain_error + 1e-7
+            assert error < 1.1 * plain_error
     assert (expected[0][::2] > -1e-4).all()
-    assert row_error(actual[0][::2], expected[0][::2]) < 1e-4
-    assert (actual[0] < 0).all()
+    assert row_error(logps[::2], expected[0][::2]) < 1e-3  # whole fp32 logits: 1e-2 and more, some logps are just 0
+    assert (logps < 0).all()
 
 
 def test_autocast_changes_nothing():
