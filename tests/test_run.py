@@ -1,0 +1,524 @@
+"""The run directory: schema, refusals, guard, alarms, views, mirrors."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from run_driver import RECIPE, Args, parts, train
+from safetensors.torch import load_file
+
+from grpo.distributed import World
+from grpo.run import command_line, fingerprint, read_metrics, read_run, start_run, strip_times
+from grpo.watch import View, alarms, format_line
+
+
+def start(directory: Path, **options):
+    return start_run(Args(run_dir=directory), recipe=RECIPE, **options)
+
+
+# --------------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def test_a_line_is_the_schema(tmp_path):
+    run = start(tmp_path / "run")
+    with run.phase("generate"):
+        time.sleep(0.02)
+    with run.phase("generate"):
+        time.sleep(0.02)
+    run.log(1, {"reward": torch.tensor(0.5, requires_grad=True), "kl": float("nan"), "x": float("inf"), "tokens": 80})
+    run.log(2, {"reward": 1, "none": None})
+    first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    times = first.pop("times")
+    assert first == {"schema": 1, "step": 1, "reward": 0.5, "kl": None, "x": None, "tokens": 80, "skipped_steps": 0}
+    assert set(times) == {"seconds", "seconds/generate", "tokens_per_second", "clock"}
+    assert 0.04 <= times["seconds/generate"] <= times["seconds"]
+    assert times["tokens_per_second"] == pytest.approx(80 / times["seconds"], rel=0.01)
+    assert set(second["times"]) == {"seconds", "clock"}  # phases belong to one line
+    assert strip_times(second) == {"schema": 1, "step": 2, "reward": 1, "none": None, "skipped_steps": 0}
+    assert run.history == read_metrics(tmp_path / "run/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"times": 1.0}, "'times': the name is reserved"),
+        ({"step": 1.0}, "'step': the name is reserved"),
+        ({"a": "text"}, "metric 'a' is not a number"),
+        ({"a": torch.zeros(2)}, "metric 'a' is not a number"),
+    ],
+)
+def test_a_metric_that_cannot_be_written_is_named(tmp_path, metrics, message):
+    run = start(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        run.log(1, metrics)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == b""
+
+
+def test_another_schema_is_refused(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"schema": 2, "step": 1}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl: schema 2 is not 1"):
+        read_metrics(tmp_path / "m.jsonl")
+
+
+def test_a_line_logged_after_the_save_is_refused(tmp_path):
+    run = start(tmp_path / "run")
+    model, optimizer, _ = parts(run.args)
+    for step in run.steps(1):
+        run.log(step, {"reward": 0.0})
+        run.save(step, model, optimizer)
+        with pytest.raises(ValueError, match="step 1: log before save"):
+            run.log(step, {"late": 1.0})
+    run.log(1, {"eval/pass_at_1": 1.0})  # after the loop it is in its place
+
+
+# ------------------------------------------------------------------------------------------------- the directory
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_directory_that_exists_is_never_touched(tmp_path, empty):
+    target = tmp_path / "run"
+    target.mkdir()
+    if not empty:
+        (target / "thesis.tex").write_text("all of it")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=rf"--run-dir {target} exists.*choose another name.*--resume {target}"):
+        start(target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_default_names_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [start_run(Args(seed=3), recipe=RECIPE).directory.as_posix() for _ in range(3)]
+    assert names[0].startswith("runs/run_driver-20")
+    assert names[0].endswith("-3")
+    assert names[1:] == [f"{names[0]}-2", f"{names[0]}-3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"save_every": -1}, "--save-every -1"),
+        ({"track": "paper"}, "--track paper: none, wandb or tensorboard"),
+        ({"resume": Path("a"), "run_dir": Path("b")}, "--resume a and --run-dir b name two runs"),
+        ({"resume": Path("nowhere"), "run_dir": None}, "nowhere holds no run"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_made(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        start_run(replace(Args(run_dir=Path("run")), **change), recipe=RECIPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    code = (
+        "import sys, time; from run_driver import *; run = start_run(Args(run_dir=Path(sys.argv[1])), recipe=RECIPE); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=RECIPE.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while holder.stdout.readline().strip() != "ready":
+            pass
+        with pytest.raises(ValueError, match=rf"process {holder.pid} is writing this run; stop it first"):
+            start_run(Args(resume=tmp_path / "run"), recipe=RECIPE)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    start_run(Args(resume=tmp_path / "run"), recipe=RECIPE)  # a dead process holds nothing
+
+
+def test_run_json_says_what_the_run_was_made_of(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", str(repository), *who, *words], check=True, capture_output=True, text=True)
+
+    recipe = repository / "recipe.py"
+    recipe.write_text("first = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    args = Args(run_dir=tmp_path / "clean", learning_rate=0.25)
+    start_run(args, recipe=recipe)
+    record = read_run(tmp_path / "clean")
+    assert record["git"] == {"commit": git("rev-parse", "HEAD").stdout.strip(), "dirty": []}
+    assert not (tmp_path / "clean/git.diff").exists()
+    assert record["args"] == {
+        "steps": 6, "seed": 0, "run_dir": str(tmp_path / "clean"), "resume": None, "save_every": 2, "track": "none",
+        "learning_rate": 0.25,
+    }  # fmt: skip
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["recipe"] == "recipe.py"
+    recipe.write_text("second = 2\n")
+    start_run(Args(run_dir=tmp_path / "dirty"), recipe=recipe)
+    assert read_run(tmp_path / "dirty")["git"]["dirty"] == [" M recipe.py"]
+    assert "-first = 1\n+second = 2\n" in (tmp_path / "dirty/git.diff").read_text()
+
+
+def test_inputs_are_fingerprinted_and_must_not_change(tmp_path):
+    run = start(tmp_path / "run")
+    data = tmp_path / "data.jsonl"
+    data.write_text("a\n")
+    run.record_inputs(train=[("q", "1"), ("r", "2")], file=data)
+    inputs = read_run(tmp_path / "run")["inputs"]
+    assert inputs["train"]["items"] == 2
+    assert fingerprint([("q", "1"), ("r", "2")]) != fingerprint([("q", "1"), ("r", "3")])
+    run._close()
+    run = start_run(Args(resume=tmp_path / "run"), recipe=RECIPE)
+    run.record_inputs(train=[("q", "1"), ("r", "2")], file=data)
+    data.write_text("b\n")
+    with pytest.raises(ValueError, match="file has changed since the run began"):
+        run.record_inputs(file=data)
+
+
+def test_a_large_file_is_told_by_its_size_its_beginning_and_its_end(tmp_path):
+    found = []
+    for place, value in ((None, 0), (0, 1), (65 * 2**20 - 1, 1)):
+        with open(tmp_path / "weights", "wb") as file:
+            file.truncate(65 * 2**20)
+            if place is not None:
+                file.seek(place)
+                file.write(bytes([value]))
+        found.append(fingerprint(tmp_path / "weights")["sha256"])
+    assert len(set(found)) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_the_command_line_of_a_resume_begins_with_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--steps", "9", "--run-dir", "x", "--seed=4", "--run_dir=y", "--b"])
+    directory = start(tmp_path / "run").directory
+    assert command_line(["--steps", "3"]) == ["--steps", "3"]
+    resumed = ["--resume", str(directory), "--steps", "12"]
+    assert command_line(resumed) == ["--steps", "9", "--seed=4", "--b", *resumed]
+    assert command_line([f"--resume={directory}"]) == ["--steps", "9", "--seed=4", "--b", f"--resume={directory}"]
+    with pytest.raises(ValueError, match="nowhere holds no run"):
+        command_line(["--resume", "nowhere"])
+
+
+def test_resuming_with_other_arguments_is_noted_and_another_recipe_refused(tmp_path, capsys):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    run = start_run(Args(resume=tmp_path / "run", steps=2, learning_rate=0.5), recipe=RECIPE)
+    assert "with another learning_rate: 0.1 until now, 0.5 from step 3" in capsys.readouterr().out
+    assert read_run(tmp_path / "run")["resumed"][0]["changed"] == {"learning_rate": [0.1, 0.5]}
+    run._close()
+    with pytest.raises(ValueError, match=r"that is a run of run_driver\.py, this is other\.py"):
+        start_run(Args(resume=tmp_path / "run"), recipe=Path("other.py"))
+
+
+def test_metrics_shorter_than_the_checkpoint_knows_are_refused(tmp_path):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is shorter than at the checkpoint of step 2"):
+        start_run(Args(resume=tmp_path / "run"), recipe=RECIPE)
+
+
+def test_lines_and_completions_after_the_checkpoint_go(tmp_path):
+    train(Args(run_dir=tmp_path / "run", steps=3, save_every=2), completions_every=1)
+    for path in (tmp_path / "run/checkpoints").glob("*3"):
+        path.rename(tmp_path / "gone")
+    start_run(Args(resume=tmp_path / "run", steps=3), recipe=RECIPE)
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+    names = sorted(p.name for p in (tmp_path / "run/completions").iterdir())
+    assert names == ["train-000001.jsonl", "train-000002.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------- full disk
+
+
+def test_a_full_disk_while_logging_says_how_to_go_on(tmp_path):
+    run = start(tmp_path / "run")
+    run._metrics = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (every write to it fails as on a full disk)
+    with pytest.raises(OSError, match=rf"free some space, then continue with --resume {tmp_path / 'run'}") as error:
+        run.log(1, {"reward": 1.0})
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_full_disk_while_saving_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    import grpo.checkpoint
+    from grpo.checkpoint import save_file
+
+    def full_at_step_four(tensors, path, **kwargs):
+        if "000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(grpo.checkpoint, "save_file", full_at_step_four)
+    train(Args(run_dir=tmp_path / "run", steps=5))
+    assert "not written: checkpoint of step 4" in capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-000002", "step-000005"]
+
+
+# ----------------------------------------------------------------------------------------------------------- guard
+
+
+@dataclass
+class NotStorable:
+    x: int = 0
+
+
+def test_nan_and_infinity_skip_the_step_keep_the_batch_and_stop_in_the_end(tmp_path):
+    run = start(tmp_path / "run", max_nonfinite=3)
+    batch = [(torch.arange(3), "text", None)]
+    assert run.guard_finite(1, torch.tensor(1.0), 2.0, batch)
+    assert not run.guard_finite(2, torch.tensor(float("nan")), 2.0, batch)
+    assert not run.guard_finite(3, 1.0, torch.tensor(float("inf")), batch)
+    assert run.guard_finite(4, 1.0, 1.0, batch)  # in a row: counted anew
+    assert not run.guard_finite(5, 1.0, float("-inf"), batch)
+    assert not run.guard_finite(6, 1.0, float("nan"), NotStorable())
+    run.log(6, {})
+    assert run.history[-1]["skipped_steps"] == 4
+    with pytest.raises(RuntimeError, match=r"in 3 steps in a row; the batches are in .*nonfinite"):
+        run.guard_finite(7, 1.0, float("nan"), batch)
+    folders = sorted(p.name for p in (tmp_path / "run/nonfinite").iterdir())
+    assert folders == [f"step-{step:06d}-rank-0" for step in (2, 3, 5, 6, 7)]
+    kept = tmp_path / "run/nonfinite/step-000003-rank-0"
+    assert load_file(kept / "batch.safetensors")["batch.batch.0.0"].tolist() == [0, 1, 2]
+    assert json.loads((kept / "batch.json").read_text())["grad_norm"] == float("inf")
+
+
+def test_skips_survive_a_resume(tmp_path):
+    run = start(tmp_path / "run", max_nonfinite=3)
+    model, optimizer, _ = parts(run.args)
+    run.guard_finite(1, float("nan"), 1.0)
+    run.guard_finite(1, float("nan"), 1.0)
+    run.save(1, model, optimizer)
+    run._close()
+    run = start_run(Args(resume=tmp_path / "run"), recipe=RECIPE, max_nonfinite=3)
+    assert run.skipped_steps == 2
+    with pytest.raises(RuntimeError, match="in 3 steps in a row"):
+        run.guard_finite(2, float("nan"), 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------- completions
+
+
+def test_completions_are_kept_with_rewards_and_advantages(tmp_path):
+    run = start(tmp_path / "run", completions_every=4)
+    rewards = {"correct": [1.0, 0.0, None, float("nan")], "format": [1, 1, 0, 0]}
+    for step in (1, 2, 4):
+        run.save_completions(step, ["p", "q"], ["a", "b", "c", "é\n"], rewards, torch.tensor([1.0, -1.0, 0.0, 0.5]))
+    run.save_completions(2, ["p"], ["z"], {"correct": [1.0]}, split="eval")
+    folder = tmp_path / "run/completions"
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["eval-000002.jsonl", "train-000001.jsonl", "train-000004.jsonl"]
+    lines = [json.loads(line) for line in (folder / "train-000004.jsonl").read_text().splitlines()]
+    assert lines[1] == {"prompt": "p", "completion": "b", "rewards": {"correct": 0.0, "format": 1}, "advantage": -1.0}
+    assert lines[3] == {
+        "prompt": "q", "completion": "é\n", "rewards": {"correct": None, "format": 0}, "advantage": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "rewards", "message"),
+    [
+        (["p"], ["a", "b"], {"correct": [1.0]}, "correct has 1 entries for 2 completions"),
+        (["p", "q"], ["a", "b", "c"], {}, "3 completions do not divide among 2 prompts"),
+        ([], ["a"], {}, "do not divide among 0 prompts"),
+    ],
+)
+def test_completions_that_do_not_fit_are_refused(tmp_path, prompts, completions, rewards, message):
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path / "run").save_completions(1, prompts, completions, rewards)
+
+
+# ---------------------------------------------------------------------------------------------------------- alarms
+
+
+def history(count: int, **metrics):
+    """`count` lines; a metric is a number or a function of the step."""
+    return [
+        {"step": s, "skipped_steps": 0, **{n: v(s) if callable(v) else v for n, v in metrics.items()}}
+        for s in range(count)
+    ]
+
+
+def test_a_healthy_run_raises_no_alarm():
+    lines = history(
+        100, reward=lambda s: s / 100, kl=lambda s: s / 1000, length=lambda s: 100 + s, truncated=0.1,
+        zero_variance=0.4, entropy=0.3, mismatch_mean=0.01,
+    )  # fmt: skip
+    assert alarms(lines) == {}
+    assert alarms([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good", "says"),
+    [
+        ("zero_variance", 0.95, 0.85, "raise the group size"),
+        ("kl", 0.6, 0.4, "lower the learning rate or raise beta"),
+        ("truncated", 0.6, 0.4, "raise the limit"),
+        ("entropy", 0.005, 0.02, "raise epsilon_high"),
+        ("mismatch_mean", 0.2, 0.05, "check that the engine took the last adapter"),
+        ("length", lambda s: 90.0 - 3 * s, lambda s: 90.0 - s, "the reward may be had without reasoning"),
+        ("length", lambda s: 10.0 + 5 * s, lambda s: 40.0 + 2 * s, "dr_grpo or dapo"),
+        ("reward", lambda s: min(s, 30 - s) / 15, lambda s: min(s, 10) / 15, "go back to the best checkpoint"),
+    ],
+)
+def test_each_alarm_names_its_observation_and_a_remedy(name, bad, good, says):
+    found = alarms(history(30, **{name: bad}))
+    assert list(found) == [name]
+    assert says in found[name]
+    assert alarms(history(30, **{name: good})) == {}
+    if not callable(bad):
+        assert alarms(history(9, **{name: bad})) == {}  # too early to tell
+        assert alarms(history(30, **{name: lambda s: bad if s == 29 else good})) == {}  # one odd step
+
+
+def test_an_alarm_is_said_once_until_it_is_over(tmp_path, capsys):
+    run = start(tmp_path / "run")
+    for step in range(1, 41):
+        run.log(step, {"kl": 0.0 if 15 < step <= 28 else 0.7})
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1] for line in said] == [" step 10", " step 36"]
+
+
+# ----------------------------------------------------------------------------------------------------------- views
+
+LINE = {
+    "step": 3, "reward": 0.25, "pass_at_1": 0.5, "kl": None, "skipped_steps": 0, "unknown": 1.0,
+    "times": {"seconds": 2.5, "seconds/generate": 1.5, "tokens_per_second": 1234.4, "memory_gib": 7.25, "clock": 1.0},
+}  # fmt: skip
+
+
+def test_without_a_terminal_the_view_is_plain_lines(tmp_path, capsys):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "step 2/2  reward -" in out
+
+
+def test_the_cells_of_a_line():
+    assert format_line(LINE) == {
+        "reward": "0.250", "pass@1": "0.500", "tok/s": "1234", "seconds": "2.5 (generate 1.5)", "GiB": "7.2",
+    }  # fmt: skip
+    assert format_line({**LINE, "skipped_steps": 2})["skipped"] == "2"
+
+
+def test_on_a_terminal_the_view_is_live():
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    with View("name", 10, 0, console) as view:
+        view.show(LINE)
+        view.show({**LINE, "step": 4, "reward": 0.75})
+    out = console.file.getvalue()
+    assert "\x1b[" in out  # redrawn in place
+    last = out[out.rindex("reward") :]
+    assert "0.750" in last
+    assert "1234" in last
+    assert "4/10" in last
+
+
+# --------------------------------------------------------------------------------------------------------- mirrors
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(Args(run_dir=tmp_path / "run", steps=2, track="tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    for name in ("reward", "lr"):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (line["step"], pytest.approx(line[name])) for line in lines if name in line
+        ]
+    assert "times/seconds" in events.Tags()["scalars"]
+
+
+def test_wandb_gets_every_number_and_continues_one_run_after_a_resume(tmp_path, monkeypatch):
+    """Against a recording of the calls; `WANDB_MODE=offline` was run by hand, see docs/runs.md."""
+    calls: list[tuple] = []
+
+    class Wandb:
+        def init(self, **settings):
+            calls.append(("init", settings["id"], settings["resume"], settings["config"]["steps"]))
+            return self
+
+        def define_metric(self, name, step_metric):
+            calls.append(("define", name, step_metric))
+
+        def log(self, metrics):
+            calls.append(("log", metrics))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    run = start_run(Args(run_dir=tmp_path / "run", track="wandb"), recipe=RECIPE)
+    run.log(1, {"reward": 0.5, "kl": float("nan")})
+    run._close()
+    run = start_run(Args(resume=tmp_path / "run", track="wandb"), recipe=RECIPE)
+    assert calls[:2] == [("init", "run", "allow", 6), ("define", "*", "step")]
+    logged = calls[2][1]
+    assert {name: value for name, value in logged.items() if not name.startswith("times/")} == {
+        "step": 1, "reward": 0.5, "skipped_steps": 0,
+    }  # fmt: skip
+    assert "times/seconds" in logged
+    assert calls[3:] == [("finish",), ("init", "run", "allow", 6), ("define", "*", "step")]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--track wandb needs a package: pip install wandb"):
+        start_run(Args(run_dir=tmp_path / "run", track="wandb"), recipe=RECIPE)
+
+
+# --------------------------------------------------------------------------------------------------- several ranks
+
+
+def rank_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"))
+    directory = Path(folder, "run")
+
+    def signal_one_rank(run, step):
+        if step == 3 and rank == 1:
+            run._signal = 15  # a scheduler's SIGTERM that reached one process only
+
+    with pytest.raises(SystemExit):
+        train(Args(run_dir=directory), world=world, at_step=signal_one_rank)
+    run = train(Args(resume=directory), world=world)
+    assert run.start_step == 3
+    assert run.directory == directory
+    assert run.writes == (rank == 0)
+    with pytest.raises(ValueError, match="exists"):  # told to both ranks, so that neither waits
+        start_run(Args(run_dir=directory), recipe=RECIPE, world=world)
+    assert not run.guard_finite(1, float("nan") if rank == 1 else 0.0, 1.0)  # agreed on
+    Path(folder, f"done-{rank}").touch()
+
+
+def test_two_ranks_write_one_run_and_stop_together(tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(rank_of_two, args=(port, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "done-0").exists()
+    assert (tmp_path / "done-1").exists()
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(7))
+    assert [p.name for p in (tmp_path / "run/nonfinite").iterdir()] == ["step-000001-rank-1"]
