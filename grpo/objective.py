@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from grpo.distributed import World, all_sum
+from grpo.distributed import World
 from grpo_kernels.policy_terms import LOSSES, MAX_LOG_RATIO, Kl, Level, clip_range, clipped, policy_terms
 
 Importance = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -240,17 +241,19 @@ def policy_loss(
 
 def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None = None) -> dict[str, float]:
     """A step's metrics from those of its micro-batches, and of all ranks: sums, but maxima of names ending in
-    '_max'. Waits for the device once. Every rank must bring the same names."""
-    world = world or World()
-    if not metrics:
-        raise ValueError("metrics is empty: the step had no micro-batch")
-    names = list(metrics[0])
-    values = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])  # [micro, names]
-    is_max = torch.tensor([name.endswith("_max") for name in names], device=values.device)
-    by_rank = torch.zeros(world.size, len(names), device=values.device)
-    by_rank[world.rank] = torch.where(is_max, values.amax(0), values.sum(0))
-    by_rank = all_sum(by_rank, world)
-    return dict(zip(names, torch.where(is_max, by_rank.amax(0), by_rank.sum(0)).tolist()))
+    '_max'. Waits for the device once. Every rank must call it; one without micro-batches brings an empty list."""
+    rows: list[dict[str, float]] = []
+    if metrics:
+        names = list(metrics[0])
+        values = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
+        rows = [dict(zip(names, row)) for row in values.tolist()]
+    if world is not None and world.size > 1:
+        of_ranks: list[list[dict[str, float]]] = [[]] * world.size
+        dist.all_gather_object(of_ranks, rows)
+        rows = [row for of_rank in of_ranks for row in of_rank]
+    if not rows:
+        raise ValueError("metrics is empty: the step had no micro-batch on any rank")
+    return {name: (max if name.endswith("_max") else sum)(row[name] for row in rows) for name in rows[0]}
 
 
 # Averages: [batch, time] token losses, 0 where masked -> this micro-batch's part of the step's loss.

@@ -11,6 +11,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.distributed import World
 from grpo.objective import (
     AVERAGES,
     Objective,
@@ -648,12 +649,19 @@ def test_metrics_known_values():
     assert with_kl > without
 
 
-def test_merge_metrics():
+def test_merge_metrics(monkeypatch):
     a = {"loss": torch.tensor(1.0), "ratio_max": torch.tensor(3.0)}
     b = {"loss": torch.tensor(0.5), "ratio_max": torch.tensor(2.0)}
     assert merge_metrics([a, b]) == {"loss": 1.5, "ratio_max": 3.0}
     with pytest.raises(ValueError, match="no micro-batch"):
         merge_metrics([])
+
+    def of_three_ranks(out, mine):  # one has nothing to do
+        out[:] = [mine, [], [{"loss": 2.0, "ratio_max": 2.5}]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", of_three_ranks)
+    assert merge_metrics([a, b], World(0, 3)) == {"loss": 3.5, "ratio_max": 3.0}
+    assert merge_metrics([], World(0, 3)) == {"loss": 2.0, "ratio_max": 2.5}
 
 
 # Refusals
