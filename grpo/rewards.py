@@ -177,22 +177,28 @@ def graded_tags(
     tags: Sequence[str] = ("reasoning", "answer"),
     trailing: float = 0.001,
 ) -> list[float]:
-    """The share of the tags' opening and closing marks that stand exactly once and in order, in [0, 1]: a slope
-    towards `format_tags`. A closing mark counts only behind its opening one with some letter or digit in between;
-    each character behind the last mark costs `trailing`, down to 0."""
+    """The share of the tags' opening and closing marks that stand in their place, in [0, 1]: a slope to `format_tags`.
+
+    A mark counts where it stands exactly once, behind the marks before it, and some letter or digit stands between
+    the two of a tag. Each character behind the last closing mark costs `trailing`, down to 0."""
     rewards = []
     for text in completions:
+        places = [text.find(m) if text.count(m) == 1 else -1 for tag in tags for m in (f"<{tag}>", f"</{tag}>")]
         marks, at = 0, 0
-        for tag in tags:
-            opening, closing = f"<{tag}>", f"</{tag}>"
-            start, end = text.find(opening), text.find(closing)
-            opened = text.count(opening) == 1 and start >= at
-            marks += opened
-            if opened and text.count(closing) == 1 and _says_something(text[start + len(opening) : max(end, 0)]):
+        for i, tag in enumerate(tags):
+            start, end = places[2 * i], places[2 * i + 1]
+            if start < at:
+                continue
+            inside = start + len(tag) + 2
+            stop = min((p for p in places if p > start), default=len(text))
+            if not _says_something(text[inside:stop]):
+                continue
+            marks += 1
+            if end == stop:
                 marks += 1
-                at = end + len(closing)
-        behind = len(text[at:].strip()) if at else 0
-        rewards.append(max(0.0, marks / (2 * len(tags)) - trailing * behind))
+                at = end + len(tag) + 3
+        behind = len(text[at:].strip()) if at and marks == len(places) else 0
+        rewards.append(max(0.0, marks / len(places) - trailing * behind))
     return rewards
 
 

@@ -1,8 +1,9 @@
 """Worker processes with limits of time and memory, for code that may never come back from untrusted text.
 
-The workers are fresh interpreters, not forks: forking a process that holds CUDA or threads is not safe. They speak
-JSON, one line a message, so that nothing a worker says is ever executed or unpickled here; they see no GPU and none
-of the environment's secrets; and none of this touches the main module of the process that starts them.
+A worker is a fresh interpreter that imports the function and then forks a child, which answers the calls; a child
+that overruns is killed and the next one is there in milliseconds. (The training process itself must not fork: it
+holds CUDA and threads.) They speak JSON, one line a message, so that nothing a worker says is ever executed or
+unpickled here; they see no GPU and none of the environment's secrets; and they never run the main module.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -23,12 +24,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 _START_S = 120.0
 """a worker's start and imports may take so long: a cold disk, a recipe's torch"""
 _MAX_REPLY = 1 << 20
+_FINISHED = 77
+"""exit status of a child whose requests have ended"""
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_COMMAND = """
+import json, sys
+settings = json.loads(sys.argv[1])
+sys.path[:] = settings.pop("path")
+from grpo.sandbox import serve
+serve(**settings)
+"""
 
 
 class Outcome(NamedTuple):
@@ -42,12 +52,11 @@ class Outcome(NamedTuple):
 
 
 class Sandbox:
-    """A pool of workers, started at the first `map` and closed with the object or at the end of a `with` block.
+    """Pools of workers, one a function, started at its first `map`; closed with the object or a `with` block.
 
-    workers: processes, each of about 80 MB for math-verify; None: half of the cores, at most 4. timeout_s: wall clock
-    of one call, seconds; a worker that takes longer is killed and replaced, which with the default is done within
-    the second. memory_mb: address space the calls may add to what the imports took. budget_s: wall clock of one
-    `map`; what has not begun by then is skipped."""
+    workers: of a pool, each of about 80 MB for math-verify; None: half of the cores, at most 4. timeout_s: wall clock
+    of one call, seconds; the default and the kill make a second. memory_mb: address space a call may add to what
+    the imports took. budget_s: wall clock of one `map`; what has not begun by then is skipped."""
 
     def __init__(
         self, workers: int | None = None, *, timeout_s: float = 0.9, memory_mb: int = 512, budget_s: float = 60.0
@@ -60,9 +69,9 @@ class Sandbox:
         self.timeout_s = timeout_s
         self.memory_mb = memory_mb
         self.budget_s = budget_s
-        self._pool: list[_Worker] = []
+        self._pools: dict[str, list[_Worker]] = {}
         # Not a bound method: the finalizer must not keep the object alive.
-        self._finalizer = weakref.finalize(self, _kill_all, self._pool)
+        self._finalizer = weakref.finalize(self, _kill_all, self._pools)
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -72,7 +81,7 @@ class Sandbox:
 
     def close(self) -> None:
         """Kill the workers. A later `map` starts new ones."""
-        _kill_all(self._pool)
+        _kill_all(self._pools)
 
     def map(self, function: str, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """Call the function with each list of arguments; outcomes in the order of `calls`.
@@ -93,125 +102,140 @@ class Sandbox:
     def _map(self, function: str, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         outcomes: list[Outcome | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
-        end: float | None = None  # the budget begins with the first call, not with the workers' imports
-        while len(self._pool) < self.workers:
-            self._pool.append(_Worker())
-        while waiting or any(worker.task is not None for worker in self._pool):
-            for worker in self._pool:
-                if worker.deadline is not None:
-                    continue
-                if function not in worker.loaded:
-                    worker.load(function, self.memory_mb)
-                elif waiting:
+        end: float | None = None  # the budget begins with the first call, not with the imports
+        pool = self._pools.setdefault(function, [])
+        while len(pool) < self.workers:
+            pool.append(_Worker(function, self.memory_mb))
+        while waiting or any(worker.task is not None for worker in pool):
+            for worker in pool:
+                if waiting and worker.idle:
                     end = end or time.monotonic() + self.budget_s
-                    worker.call(function, calls[waiting[0]], self.timeout_s, waiting.popleft())
-            for worker, reply in self._replies():
-                task, worker.task = worker.task, None
-                if task is None:
-                    if reply.error:
-                        raise RuntimeError(f"the sandbox cannot load {worker.loading!r}: {reply.error}")
-                    worker.loaded.add(worker.loading)
-                    continue
-                outcomes[task] = reply
-                if worker.dead:  # its successor imports while the others go on, and after this call returns
-                    self._pool.remove(worker)
-                    worker.kill()
-                    self._pool.append(_Worker())
-                    self._pool[-1].load(function, self.memory_mb)
+                    worker.call(waiting[0], calls[waiting.popleft()], self.timeout_s)
+            for worker in _ready(pool):
+                task = worker.task
+                outcome = worker.proceed(function, self.timeout_s)
+                if task is not None and outcome is not None:
+                    outcomes[task] = outcome
+                if worker.gone:
+                    pool[pool.index(worker)] = _Worker(function, self.memory_mb)
             if end is not None and time.monotonic() > end:
                 waiting.clear()
         skipped = Outcome(None, f"not run: the batch had taken {self.budget_s:g} s", skipped=True)
         return [outcome or skipped for outcome in outcomes]
 
-    def _replies(self) -> "list[tuple[_Worker, Outcome]]":
-        """Wait for a reply or a deadline. Every worker that is done with what it was asked, one way or the other."""
-        asked = {worker: worker.deadline for worker in self._pool if worker.deadline is not None}
-        with selectors.DefaultSelector() as selector:
-            for worker in asked:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-            patience = max(min(asked.values()) - time.monotonic(), 0)
-            readable = {key.data for key, _ in selector.select(patience)}
-        done = []
-        for worker, deadline in asked.items():
-            reply = worker.read() if worker in readable else None
-            if reply is None and not worker.dead and time.monotonic() >= deadline:
-                worker.dead = True
-                reply = Outcome(None, f"took more than {self.timeout_s if worker.task is not None else _START_S:g} s")
-            elif reply is None and worker.dead:
-                reply = Outcome(None, f"ended its worker ({worker.status()})")
-            if reply is not None:
-                worker.deadline = None
-                done.append((worker, reply))
-        return done
-
 
 class _Worker:
-    """The parent's end of one worker process."""
+    """The parent's end of one worker: its child starts, is idle, computes a task, and after a kill starts anew."""
 
-    def __init__(self) -> None:
-        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import grpo.sandbox; grpo.sandbox.serve()"
+    def __init__(self, function: str, memory_mb: int) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
+            [
+                sys.executable,
+                "-c",
+                _COMMAND,
+                json.dumps({"path": sys.path, "target": function, "memory_mb": memory_mb}),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            start_new_session=True,  # a Ctrl-C is the parent's business
+            start_new_session=True,  # a Ctrl-C is the parent's business; and one signal ends worker and child
         )
         assert self.process.stdin
         assert self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
-        self.loaded: set[str] = set()
-        self.loading = ""
+        self.child: int | None = None
+        """process id; None while it starts"""
         self.task: int | None = None
-        """index of the call it computes; None while it loads, or is idle"""
-        self.deadline: float | None = None
-        """of what it was asked; None: idle"""
-        self.dead = False
+        """index of the call it computes"""
+        self.deadline = time.monotonic() + _START_S
+        """of the start or the call"""
+        self.gone = False
         self.buffer = b""
 
-    def load(self, function: str, memory_mb: int) -> None:
-        self.loading = function
-        self._ask({"load": function, "memory_mb": memory_mb}, _START_S)
+    @property
+    def idle(self) -> bool:
+        return self.child is not None and self.task is None
 
-    def call(self, function: str, arguments: Sequence[Any], timeout_s: float, task: int) -> None:
+    def call(self, task: int, arguments: Sequence[Any], timeout_s: float) -> None:
         self.task = task
-        self._ask({"function": function, "arguments": arguments, "timeout_s": timeout_s}, timeout_s)
-
-    def _ask(self, message: dict[str, Any], timeout_s: float) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has died: the end of its replies says so
-            self.requests.write(json.dumps(message).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the end of its replies will say so
+            self.requests.write(json.dumps({"arguments": arguments, "timeout_s": timeout_s}).encode() + b"\n")
             self.requests.flush()
         self.deadline = time.monotonic() + timeout_s
 
-    def read(self) -> Outcome | None:
-        """The reply if it is whole by now. Sets `dead` at the end of file, and for a reply that is too long."""
-        piece = os.read(self.replies.fileno(), 1 << 16)
-        self.buffer += piece
-        self.dead = not piece or len(self.buffer) > _MAX_REPLY
-        if self.dead or not self.buffer.endswith(b"\n"):
-            return None
-        line, self.buffer = self.buffer, b""
-        return Outcome(**json.loads(line))
+    def proceed(self, function: str, timeout_s: float) -> Outcome | None:
+        """Read what is there, or act on a deadline that has passed. An outcome, if the task came to its end.
 
-    def status(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2)
-        code = self.process.poll()
-        return "its reply was too long" if code is None else f"exit status {code}"
+        Raises RuntimeError where the worker cannot start."""
+        for message in self._messages():
+            if "cannot_load" in message:
+                raise RuntimeError(f"the sandbox cannot load {function!r}: {message['cannot_load']}")
+            if "child" in message:  # a new one: if there was a task, it was the last one's end
+                self.child = message["child"]
+                if self.task is not None:
+                    return self._end(Outcome(None, f"ended its process (exit status {message['last_status']})"))
+            elif self.task is not None:
+                return self._end(Outcome(message["value"], message["error"]))
+        if self.gone:
+            self.kill()
+            if self.task is None:
+                raise RuntimeError(f"the sandbox's worker for {function!r} ended with status {self.process.returncode}")
+            return self._end(Outcome(None, "ended its worker"))
+        overdue = time.monotonic() >= self.deadline
+        if self.child is None:
+            if overdue:
+                raise RuntimeError(f"the sandbox's worker for {function!r} did not start within {_START_S:g} s")
+            return None
+        if overdue or len(self.buffer) > _MAX_REPLY:
+            os.kill(self.child, signal.SIGKILL)
+            self.child, self.buffer = None, b""
+            self.deadline = time.monotonic() + _START_S
+            return self._end(Outcome(None, f"took more than {timeout_s:g} s" if overdue else "its reply was too long"))
+        return None
+
+    def _end(self, outcome: Outcome) -> Outcome:
+        self.task = None
+        return outcome
+
+    def _messages(self) -> list[dict[str, Any]]:
+        if not select.select([self.replies], [], [], 0)[0]:
+            return []
+        piece = os.read(self.replies.fileno(), 1 << 16)
+        self.gone = not piece
+        *lines, self.buffer = (self.buffer + piece).split(b"\n")
+        messages = []
+        for line in lines:
+            # Until a new child reports, all there is to read is what its predecessor left, perhaps half a line.
+            with contextlib.suppress(ValueError):
+                messages.append(json.loads(line))
+        if self.child is None:
+            messages = [m for m in messages if "value" not in m]
+        return messages
 
     def kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
         self.replies.close()
 
 
-def _kill_all(pool: list[_Worker]) -> None:
-    while pool:
-        pool.pop().kill()
+def _ready(pool: "list[_Worker]") -> "list[_Worker]":
+    """Wait until some worker has something to say, or has run out of time; those workers."""
+    watched = [worker for worker in pool if not worker.idle]
+    patience = max(min(worker.deadline for worker in watched) - time.monotonic(), 0)
+    readable = select.select([worker.replies for worker in watched], [], [], patience)[0]
+    now = time.monotonic()
+    return [worker for worker in watched if worker.replies in readable or now >= worker.deadline]
+
+
+def _kill_all(pools: dict[str, list[_Worker]]) -> None:
+    while pools:
+        for worker in pools.popitem()[1]:
+            worker.kill()
 
 
 @contextlib.contextmanager
@@ -230,29 +254,43 @@ def _timer_paused() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- in the worker
 
 
-def serve() -> None:
-    """A worker's life: read a message, act on it, reply; until the parent closes the pipe."""
+def serve(target: str, memory_mb: int) -> None:
+    """A worker's life: import the function, then have a child answer calls, and another whenever one has died."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints must not look like a reply
     logging.disable(logging.CRITICAL)
-    functions: dict[str, Callable[..., Any]] = {}
+    try:
+        function = _load(target)
+    except BaseException:
+        _say(replies, {"cannot_load": traceback.format_exc()[-5000:]})
+        return
+    status = 0
+    while status != _FINISHED:
+        child = os.fork()
+        if child == 0:
+            _limit_memory(memory_mb)
+            _say(replies, {"child": os.getpid(), "last_status": status})
+            _answer(function, replies)
+            os._exit(_FINISHED)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _answer(function: Callable[..., Any], replies: IO[bytes]) -> None:
     for line in sys.stdin.buffer:
         message = json.loads(line)
-        value = None
         try:
-            if "load" in message:
-                _limit_memory(None)
-                functions[message["load"]] = _load(message["load"])
-                _limit_memory(message["memory_mb"])
-            else:
-                _limit_time(message["timeout_s"])
-                value = functions[message["function"]](*message["arguments"])
-            reply = json.dumps({"value": value, "error": ""})
+            _limit_time(message["timeout_s"])
+            reply = json.dumps({"value": function(*message["arguments"]), "error": ""})
         except BaseException:  # SystemExit as well, and math-verify's own TimeoutException
             reply = json.dumps({"value": None, "error": traceback.format_exc()[-5000:]})
         signal.alarm(0)
-        replies.write(reply.encode() + b"\n")
-        replies.flush()
+        _say(replies, reply)
+
+
+def _say(replies: IO[bytes], message: dict[str, Any] | str) -> None:
+    """Write one line. It begins with a line break: the last child may have died within its own."""
+    replies.write(b"\n" + (message if isinstance(message, str) else json.dumps(message)).encode() + b"\n")
+    replies.flush()
 
 
 def _load(target: str) -> Callable[..., Any]:
@@ -270,14 +308,13 @@ def _load(target: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _limit_memory(megabytes: int | None) -> None:
-    """Limit the address space to what is taken and so much more (None: not). Linux only: not enforced elsewhere."""
+def _limit_memory(megabytes: int) -> None:
+    """Limit the address space to what the imports took and so much more. Linux only: elsewhere it is not enforced."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        wanted = hard if megabytes is None else used + megabytes * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _limit_time(seconds: float) -> None:
