@@ -81,7 +81,7 @@ def killed_often(directory: Path, kills: int, seed: int) -> None:
         if child == 0:
             fresh = not directory.exists()
             args = Args(steps=150, save_every=3, **({"run_dir": directory} if fresh else {"resume": directory}))
-            run = train(args, pause=0.02, at_step=lambda run, step: os.write(begin, b"."))
+            run = train(args, pause=0.02, at_step=lambda run, step, pipe=begin: os.write(pipe, b"."))
             os.write(1, f"finished after resuming from {run.start_step}\n".encode())
             os._exit(0)
         if attempt < kills:

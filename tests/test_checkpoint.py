@@ -203,9 +203,7 @@ def test_an_adapter_loads_in_peft_and_transformers(policy, model_folder, tmp_pat
     assert torch.equal(in_transformers(ids).logits, expected)
     # peft's own writer gives the same tensors under the same names.
     model.save_pretrained(tmp_path / "peft")
-    ours, peft = (
-        module.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "peft")
-    )
+    ours, peft = (module.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "peft"))
     assert ours.keys() == peft.keys()
     assert all(torch.equal(ours[name], peft[name]) for name in ours)
     assert model.peft_config["default"].inference_mode is False  # the live model is untouched
@@ -285,17 +283,17 @@ def test_wherever_writing_ends_the_checkpoint_is_whole_or_absent(tmp_path, monke
     """An error at the n-th system call, for every n there is."""
     first = save(tmp_path, 1)
     genuine = getattr(os, call)
-    fails_at = 0
+    budget = 0
+
+    def failing(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return genuine(*args, **kwargs)
+
     while True:
-        calls = 0
-
-        def failing(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls > fails_at:
-                raise OSError(errno.EIO, "Input/output error")
-            return genuine(*args, **kwargs)
-
+        left = budget
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             try:
@@ -309,8 +307,8 @@ def test_wherever_writing_ends_the_checkpoint_is_whole_or_absent(tmp_path, monke
         assert not refused
         assert checkpoint.step in (1, 2)
         verify_checkpoint(first)
-        fails_at += 1
-    assert fails_at >= {"fsync": 5, "rename": 1, "replace": 1, "mkdir": 2}[call]
+        budget += 1
+    assert budget >= {"fsync": 5, "rename": 1, "replace": 1, "mkdir": 2}[call]
     assert newest_checkpoint(tmp_path)[0].step == 2
 
 
@@ -344,10 +342,15 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_really_full(small_disk):
     steps = 0
-    with pytest.raises(OSError, match="No space left on device") as error:
+
+    def fill():
+        nonlocal steps
         while True:
             save(small_disk, steps + 1)
             steps += 1
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        fill()
     assert steps >= 2
     assert error.value.errno == errno.ENOSPC
     assert newest_checkpoint(small_disk)[0].step == steps
