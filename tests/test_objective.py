@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.advantages import Estimator
 from grpo.distributed import World
 from grpo.objective import (
     AVERAGES,
@@ -317,6 +320,24 @@ def test_averages_known_values():
         loss, _ = policy_loss(logps, None, advantages, mask, Objective(loss="grpo", average=average),
                               max_completion_length=7)  # fmt: skip
         assert loss.item() == value, average
+
+
+def test_documentation_lists_the_table():
+    """docs/objectives.md has a row for every loss, with its level, average and clip range, and nothing else."""
+    text = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+    table = text[text.index("## Losses") : text.index("| `--average`")]
+    found = {}
+    for line in table.splitlines():
+        if line.startswith("| `") and "--loss" not in line:
+            name, _, level, clip, average, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            found[name.split("`")[1]] = (level, clip, average.strip("`"))
+    ranges = {"grpo": "0.8 to 1.2", "bnpo": "0.8 to 1.2", "dr_grpo": "0.8 to 1.2", "dapo": "0.8 to 1.28",
+              "gspo": "1 - 3e-4 to 1 + 4e-4", "luspo": "as gspo", "cispo": "up to 5"}  # fmt: skip
+    levels = {"vespo": "sequence", "reinforce": ""}
+    assert found == {
+        name: (row.level or levels[name], ranges.get(name, "none"), row.average) for name, row in LOSSES.items()
+    }
+    assert set(get_args(get_type_hints(Objective)["loss"])) == set(LOSSES)
 
 
 def test_paper_defaults():
@@ -727,9 +748,24 @@ def test_missing_tensors_are_named():
         policy_loss(*args, Objective(), sampler_logps=b.sampler_logps[:, :1])
 
 
+@dataclasses.dataclass
+class Args:
+    """As in a recipe: the flags of both, flat."""
+
+    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = Objective(loss="cispo")
+    estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = Estimator()
+
+
 def test_flags():
-    parsed = tyro.cli(Objective, args=["--loss", "cispo", "--epsilon-high", "4", "--kl", "k2", "--beta", "0.1"])
-    assert parsed == Objective(loss="cispo", epsilon_high=4.0, kl="k2", beta=0.1)
-    assert {f.name for f in dataclasses.fields(Objective)} >= {"loss", "kl", "beta", "epsilon", "level", "average"}
+    args = tyro.cli(
+        Args,
+        args="--level sequence --epsilon-high 4 --kl k2 --beta 0.1 --importance sequence_mask --scale none "
+        "--vespo-shape 1 2 3 4 --mask-truncated".split(),
+    )
+    assert args.objective == Objective(
+        loss="cispo", level="sequence", epsilon_high=4.0, kl="k2", beta=0.1, importance="sequence_mask",
+        vespo_shape=(1.0, 2.0, 3.0, 4.0),
+    )  # fmt: skip
+    assert args.estimator == Estimator(scale="none", mask_truncated=True)
     for loss in LOSSES:
-        check_objective(tyro.cli(Objective, args=["--loss", loss]))
+        check_objective(tyro.cli(Args, args=["--loss", loss]).objective)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from grpo_kernels.policy_terms import LOSSES, Loss, clip_range, policy_terms
+from grpo_kernels.policy_terms import LOSSES, Loss, clip_range, policy_terms, triton
 
+needs_triton = pytest.mark.skipif(triton is None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     (loss, level, options)
@@ -76,27 +77,32 @@ def compare(
     assert expected[3].abs().max() > 1e-2
 
 
+@needs_triton
 @pytest.mark.parametrize(("loss", "level", "options"), CASES, ids=str)
 def test_kernel_equals_reference(loss, level, options):
     compare((5, 37), torch.float32, DEVICE, loss, level, **options)
 
 
+@needs_triton
 def test_kernel_over_several_blocks():
     """1,024 tokens are a block: sums over blocks, and the last one partly filled."""
     for loss in ("gspo", "vespo", "dapo"):
         compare((2, 2500), torch.float32, DEVICE, loss, None, kl="k3_ratio", spread=0.02)
 
 
+@needs_triton
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 64)], ids=str)
 def test_kernel_of_small_shapes(shape):
     compare(shape, torch.float32, DEVICE, "gspo", None, kl="k3_ratio", spread=1e-4)
 
 
+@needs_triton
 def test_kernel_of_bfloat16():
     for loss, level in (("grpo", "token"), ("grpo", "sequence"), ("cispo", "token")):
         compare((4, 50), torch.bfloat16, DEVICE, loss, level, kl="k3_ratio", importance=True)
 
 
+@needs_triton
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_kernel_of_extreme_ratios(loss, level):
@@ -115,6 +121,7 @@ def test_kernel_of_extreme_ratios(loss, level):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
+@needs_triton
 def test_nothing_counts():
     logps = torch.full((2, 3), float("nan"), device=DEVICE, requires_grad=True)
     terms = policy_terms(logps, logps.detach(), torch.ones(2, device=DEVICE), torch.zeros_like(logps), loss="gspo",
