@@ -32,9 +32,9 @@ class Objective:
     average: Average | None = None
     """how token losses become one number"""
     epsilon: float | None = None
-    """the ratio is clipped at 1 - epsilon"""
+    """the ratio is clipped from below at 1 - epsilon"""
     epsilon_high: float | None = None
-    """and at 1 + epsilon_high (None: as epsilon, if that is given); for cispo the bound itself"""
+    """and from above at 1 + epsilon_high (as epsilon, if only that is given); for cispo the bound itself"""
     delta: float | None = None
     """bound of the ratio where the advantage is negative (two-sided or dual clip; usual: 3 to 10)"""
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)

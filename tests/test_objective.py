@@ -752,8 +752,10 @@ def test_missing_tensors_are_named():
 class Args:
     """As in a recipe: the flags of both, flat."""
 
-    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = Objective(loss="cispo")
-    estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = Estimator()
+    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: Objective(loss="cispo")
+    )
+    estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Estimator)
 
 
 def test_flags():
