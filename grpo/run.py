@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -338,6 +339,8 @@ class Run:
         if self.world.device.type == "cuda":
             times["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.world.device)
+        else:
+            times["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
         times["clock"] = time.time()
         return {name: round(value, 4) for name, value in times.items()}
 

@@ -40,10 +40,11 @@ def test_a_line_is_the_schema(tmp_path):
     first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     times = first.pop("times")
     assert first == {"schema": 1, "step": 1, "reward": 0.5, "kl": None, "x": None, "tokens": 80, "skipped_steps": 0}
-    assert set(times) == {"seconds", "seconds/generate", "tokens_per_second", "clock"}
+    assert set(times) == {"seconds", "seconds/generate", "tokens_per_second", "memory_gib", "clock"}
     assert 0.04 <= times["seconds/generate"] <= times["seconds"]
+    assert 0.05 < times["memory_gib"] < 100
     assert times["tokens_per_second"] == pytest.approx(80 / times["seconds"], rel=0.01)
-    assert set(second["times"]) == {"seconds", "clock"}  # phases belong to one line
+    assert set(second["times"]) == {"seconds", "memory_gib", "clock"}  # phases belong to one line
     assert strip_times(second) == {"schema": 1, "step": 2, "reward": 1, "none": None, "skipped_steps": 0}
     assert run.history == read_metrics(tmp_path / "run/metrics.jsonl")
 
