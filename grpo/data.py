@@ -32,7 +32,7 @@ class Source(NamedTuple):
     question: str
     answer: str
     splits: tuple[str, ...]
-    """of the hub; a "test" that is not among them is cut from "train" by hash"""
+    """of the hub; without a "test" among them one is cut from "train" by hash (`by_hash`)"""
 
 
 SOURCES = {
@@ -82,7 +82,7 @@ def load_examples(
     else:
         rows = _hub_rows(known._replace(config=config, splits=(split,)), split)
     examples = examples_from_rows(rows, question or known.question, answer or known.answer, source)
-    if source in SOURCES and split not in known.splits:
+    if source in SOURCES and "test" not in known.splits:
         examples = by_hash(examples, split)
     return examples[:limit]
 

@@ -180,24 +180,20 @@ def graded_tags(
     """The share of the tags' opening and closing marks that stand in their place, in [0, 1]: a slope to `format_tags`.
 
     A mark counts where it stands exactly once, behind the marks before it, and some letter or digit stands between
-    the two of a tag. Each character behind the last closing mark costs `trailing`, down to 0."""
+    the two of a tag. Each character behind the last tag costs `trailing`, down to 0."""
     rewards = []
     for text in completions:
         places = [text.find(m) if text.count(m) == 1 else -1 for tag in tags for m in (f"<{tag}>", f"</{tag}>")]
-        marks, at = 0, 0
+        marks, at, behind = 0, 0, 0
         for i, tag in enumerate(tags):
             start, end = places[2 * i], places[2 * i + 1]
             if start < at:
                 continue
-            inside = start + len(tag) + 2
+            at = max(at, end + len(tag) + 3 if end > start else at)  # the next tag inside this one would not count
             stop = min((p for p in places if p > start), default=len(text))
-            if not _says_something(text[inside:stop]):
-                continue
-            marks += 1
-            if end == stop:
-                marks += 1
-                at = end + len(tag) + 3
-        behind = len(text[at:].strip()) if at and marks == len(places) else 0
+            if _says_something(text[start + len(tag) + 2 : stop]):
+                marks += 2 if end == stop else 1
+                behind = len(text[at:].strip()) if end == stop and tag == tags[-1] else 0
         rewards.append(max(0.0, marks / len(places) - trailing * behind))
     return rewards
 

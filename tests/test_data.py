@@ -1,0 +1,310 @@
+"""Loading, splitting, filtering and generating questions."""
+
+import csv
+import itertools
+import json
+import logging
+from fractions import Fraction
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from grpo.data import (
+    Example,
+    arithmetic_examples,
+    by_hash,
+    check_disjoint,
+    countdown_examples,
+    drop_long,
+    in_held_out,
+    load_examples,
+    question_hash,
+)
+
+ROWS = [
+    {"question": f"How many is {i}?", "answer": f"It is {i}.\n#### {i}", "n": {"gold": [i, -i]}} for i in range(1, 6)
+]
+EXAMPLES = [Example(f"How many is {i}?", str(i)) for i in range(1, 6)]
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n\n" for r in rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_local_file(tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    assert load_examples(path) == EXAMPLES
+    assert load_examples(path, limit=2) == EXAMPLES[:2]
+    assert load_examples(path, split="test") == EXAMPLES  # a file is taken whole
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_nested_fields_and_field_names(tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    assert [e.gold for e in load_examples(path, answer="n.gold.1")] == ["-1", "-2", "-3", "-4", "-5"]
+    dotted = write(tmp_path / f"dotted{suffix}", [{"a.b": "Why?", "c": 1.5}])
+    assert load_examples(dotted, question="a.b", answer="c") == [Example("Why?", "1.5")]
+
+
+def test_folder_with_splits(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS[:3])
+    write(tmp_path / "test.csv", ROWS[3:])
+    assert load_examples(str(tmp_path)) == EXAMPLES[:3]
+    assert load_examples(str(tmp_path), split="test") == EXAMPLES[3:]
+    with pytest.raises(ValueError, match=r"holds no validation\.jsonl, \.csv or \.parquet"):
+        load_examples(str(tmp_path), split="validation")
+
+
+def test_gold_is_the_final_answer(tmp_path):
+    rows = [
+        {"question": "a", "answer": "so\n#### 1,000"},
+        {"question": "b", "answer": r"so $\boxed{\frac{1}{2}}$"},
+        {"question": "c", "answer": 34},
+    ]
+    assert [e.gold for e in load_examples(write(tmp_path / "x.jsonl", rows))] == ["1,000", r"\frac{1}{2}", "34"]
+
+
+def test_repeated_questions_are_dropped_and_said(tmp_path, caplog):
+    rows = [*ROWS, {"question": "how many  is 3?", "answer": "4"}]
+    with caplog.at_level(logging.WARNING):
+        assert load_examples(write(tmp_path / "x.jsonl", rows)) == EXAMPLES
+    assert "dropped 1 rows that repeat a question" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "b"}', r"x\.jsonl, line 2: no field 'answer'; it has 'question'\. Name the fields"),
+        ('{"question": " ", "answer": 1}', "line 2: field 'question' is empty"),
+        ('{"question": "b", "answer": null}', "line 2: field 'answer' is empty"),
+        ('{"question": "b", "answer": "so ####"}', "line 2: field 'answer' holds no answer after its mark"),
+        ('{"question": "b", ', "line 2: not JSON"),
+        ("[1]", "line 2: no field 'question'; it has no fields: it is a list"),
+    ],
+)
+def test_bad_row_is_named(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": "a", "answer": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(path))
+
+
+def test_bad_sources(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no such file"):
+        load_examples(str(tmp_path / "absent.jsonl"))
+    (tmp_path / "data.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot read a \.txt; use \.jsonl, \.csv or \.parquet"):
+        load_examples(str(tmp_path / "data.txt"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        load_examples(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match="limit 0 must be at least 1"):
+        load_examples("arithmetic", limit=0)
+    with pytest.raises(ValueError, match='arithmetic has "train" and "test"'):
+        load_examples("arithmetic", split="validation")
+
+
+def test_unreachable_hub_names_flag_and_remedy(monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="--data openai/gsm8k") as error:
+        load_examples("gsm8k")
+    assert "\n" not in str(error.value)
+    assert "or give a local file: --data path/to/file.jsonl" in str(error.value)
+
+
+def test_hub_sets_and_their_fields(monkeypatch):
+    """What is asked of the hub, and how its rows are read. (The hub itself is not asked in tests.)"""
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        rows = {
+            "openai/gsm8k": [{"question": "q", "answer": "#### 7"}],
+            "DigitalLearningGmbH/MATH-lighteval": [{"problem": "p", "solution": r"$\boxed{x}$", "level": "5"}],
+            "open-r1/DAPO-Math-17k-Processed": [{"prompt": f"p{i}", "solution": str(i)} for i in range(200)],
+            "someone/mixed": [{"text": "t", "reward_model": {"ground_truth": "5"}}],
+        }
+        return datasets.Dataset.from_list(rows[name])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_examples("gsm8k", split="test") == [Example("q", "7")]
+    assert load_examples("math") == [Example("p", "x")]
+    train, test = load_examples("dapo-math"), load_examples("dapo-math", split="test")
+    assert len(train) + len(test) == 200
+    assert 0 < len(test) < 30
+    check_disjoint(train, test)
+    options = {"config": "c", "split": "dev", "question": "text", "answer": "reward_model.ground_truth"}
+    assert load_examples("someone/mixed", **options) == [Example("t", "5")]
+    assert asked == [
+        ("openai/gsm8k", "main", "test"),
+        ("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
+        ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
+        ("open-r1/DAPO-Math-17k-Processed", "en", "train"),
+        ("someone/mixed", "c", "dev"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ splits and filters
+
+
+def test_hash_is_of_the_words():
+    assert question_hash("What is  3+4?\n") == question_hash(" what IS 3+4?")
+    assert question_hash("What is 3+4?") != question_hash("What is 3+5?")
+    # A known value: splits must be the same on every machine, for ever.
+    assert question_hash("What is 3+4?")[:16] == "cba17069b5547edd"
+
+
+def test_held_out_share():
+    keys = [str(i) for i in range(10_000)]
+    assert abs(sum(in_held_out(k) for k in keys) / 10_000 - 0.2) < 0.02
+    assert sum(in_held_out(k, 0.0) for k in keys) == 0
+    assert all(in_held_out(k, 1.0) for k in keys)
+    # Shares are nested: what a smaller share holds out, a larger one does too.
+    assert all(in_held_out(k, 0.3) for k in keys if in_held_out(k, 0.1))
+
+
+def test_by_hash_does_not_depend_on_order_or_company():
+    examples = [Example(f"q{i}", "1") for i in range(500)]
+    train, test = by_hash(examples, "train"), by_hash(examples, "test")
+    assert sorted(train + test) == sorted(examples)
+    assert by_hash(examples[::-3], "test") == [e for e in examples[::-3] if e in test]
+
+
+def test_check_disjoint():
+    check_disjoint(EXAMPLES[:3], EXAMPLES[3:])
+    with pytest.raises(ValueError, match=r"1 test questions are training questions too, the first 'HOW many is 2\?"):
+        check_disjoint(EXAMPLES, [Example("new", "1"), Example("HOW many is 2? ", "9")])
+
+
+def test_drop_long(caplog):
+    examples = [Example("a" * n, "1") for n in (3, 5, 9, 12)]
+    with caplog.at_level(logging.WARNING):
+        assert drop_long(examples, len, 12) == examples
+        assert caplog.text == ""
+        assert drop_long(examples, len, 5, what="characters") == examples[:2]
+    assert "dropped 2 of 4 questions of more than 5 characters (the longest has 12)" in caplog.text
+    with pytest.raises(ValueError, match=r"all 4 questions are longer than 2 prompt tokens \(the shortest has 3\)"):
+        drop_long(examples, len, 2)
+
+
+# ------------------------------------------------------------------------------------------------- generated
+
+
+def value(question):
+    expression = question.removeprefix("What is ").removesuffix("?")
+    for operation in "+*/-":
+        left, found, right = expression.partition(operation)
+        if found:
+            a, b = Fraction(int(left)), Fraction(int(right))
+            return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[operation]
+    raise AssertionError(question)
+
+
+def test_arithmetic_golds_are_right_and_distinct():
+    for operations in "+", "-", "*", "/", "+-*/":
+        examples = arithmetic_examples(60, digits=2, operations=operations)
+        assert len({e.question for e in examples}) == 60
+        assert all(value(e.question) == int(e.gold) for e in examples)
+    assert arithmetic_examples(50)[0].question.startswith("What is ")
+
+
+def test_arithmetic_is_deterministic_in_its_seed():
+    assert arithmetic_examples(50, digits=3, seed=1) == arithmetic_examples(50, digits=3, seed=1)
+    assert arithmetic_examples(50, digits=3, seed=1) != arithmetic_examples(50, digits=3, seed=2)
+    assert arithmetic_examples(20, digits=3, seed=1) == arithmetic_examples(50, digits=3, seed=1)[:20]
+
+
+def test_arithmetic_splits_are_disjoint_as_sums_and_make_the_whole():
+    train, test = arithmetic_examples(split="train"), arithmetic_examples(split="test", seed=5)
+    assert len(train) + len(test) == 100
+    assert 10 <= len(test) <= 30
+    unordered = [{tuple(sorted(e.question[8:-1].split("+"))) for e in part} for part in (train, test)]
+    assert not unordered[0] & unordered[1]  # neither 3+4 nor 4+3
+    large = [arithmetic_examples(2000, digits=6, split=split, seed=s) for s, split in enumerate(("train", "test"))]
+    check_disjoint(*large)
+    assert load_examples("arithmetic", split="test") == arithmetic_examples(split="test")
+
+
+def test_arithmetic_operands_have_at_most_so_many_digits():
+    operands = [int(x) for e in arithmetic_examples(500, digits=3) for x in e.question[8:-1].split("+")]
+    assert 0 <= min(operands) < 100 < 900 < max(operands) <= 999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 101}, r"101 train questions asked, but digits=1 and operations='\+' make only"),
+        ({"n": 5, "digits": 0}, r"digits 0 must lie in 1\.\.9"),
+        ({"n": 5, "operations": "^"}, "operations '\\^' must be some of"),
+        ({"n": 5, "operations": ""}, "operations '' must be some of"),
+        ({"n": None, "digits": 4}, "say how many are wanted"),
+    ],
+)
+def test_arithmetic_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        arithmetic_examples(**arguments)
+
+
+def solvable(numbers, target):
+    """Whether some expression of all the numbers has the value: every pair, every operation, to the end."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        results = {a + b, a - b, a * b} | ({a / b} if b else set())
+        if any(solvable([*rest, r], target) for r in results):
+            return True
+    return False
+
+
+def test_countdown_puzzles_are_solvable():
+    assert solvable([Fraction(n) for n in (3, 3, 8, 8)], 24)
+    assert not solvable([Fraction(n) for n in (1, 1, 1)], 7)
+    for numbers, count in ((2, 20), (3, 20), (4, 6)):
+        examples = countdown_examples(count, numbers=numbers)
+        assert len({e.question for e in examples}) == count
+        for example in examples:
+            target, given = example.gold.split(": ")
+            values = [Fraction(n) for n in given.split()]
+            assert len(values) == numbers
+            assert all(1 <= v <= 99 for v in values)
+            assert 1 <= int(target) <= 100
+            assert solvable(values, int(target))
+            assert example.question.startswith(f"Using the numbers {given.replace(' ', ', ')}, write")
+            assert f"equals {target}." in example.question
+
+
+def test_countdown_splits():
+    train, test = (countdown_examples(200, numbers=3, split=split) for split in ("train", "test"))
+    assert countdown_examples(200, numbers=3) == train
+    assert countdown_examples(200, numbers=3, seed=1) != train
+
+    def key(example):
+        target, given = example.gold.split(": ")
+        return target, tuple(sorted(given.split()))
+
+    assert not set(map(key, train)) & set(map(key, test))
+    assert load_examples("countdown", split="test", limit=5) == countdown_examples(5, split="test")
+    with pytest.raises(ValueError, match="numbers=1"):
+        countdown_examples(5, numbers=1)
+    with pytest.raises(ValueError, match="could not be found"):
+        countdown_examples(5, numbers=2, max_number=1)
