@@ -64,16 +64,3 @@ def all_means(columns: Mapping[str, Sequence[float | None]], world: World) -> di
     sums = torch.tensor([[sum(f), len(f)] for f in found], dtype=torch.float64)
     totals = all_sum(sums.to(world.device), world).tolist()
     return {name: total / count if count else float("nan") for name, (total, count) in zip(columns, totals)}
-
-
-def all_metrics(metrics: Mapping[str, float], world: World) -> dict[str, float]:
-    """The metrics of the whole step from each rank's share of them: summed, those named "..._max" by their maximum.
-    (`grpo.objective.policy_loss` divides by the counts of the whole step, so shares add up.)"""
-    if world.size == 1:
-        return dict(metrics)
-    everyone: list[dict[str, float]] = [{} for _ in range(world.size)]
-    dist.all_gather_object(everyone, dict(metrics))  # a rank without micro-batches has none
-    names = dict.fromkeys(name for each in everyone for name in each)
-    return {
-        name: (max if name.endswith("_max") else sum)(each[name] for each in everyone if name in each) for name in names
-    }

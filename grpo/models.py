@@ -3,12 +3,14 @@
 import contextlib
 import fnmatch
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -93,6 +95,7 @@ def load_tokenizer(model: str, *, chat_template: bool = True) -> Any:
             f"--model {model}: the tokenizer has no chat template, so there is no telling how to ask it a question; "
             "take the model's instruct version, or put a chat_template.jinja into its folder"
         )
+    tokenizer.clean_up_tokenization_spaces = False  # a reward must see what was said, spaces before stops included
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -166,11 +169,13 @@ def load_policy(
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    quantization = None
+    quantized = {}  # absent, not None: None would override what a quantised checkpoint says of itself
     if load_in_4bit and getattr(config, "quantization_config", None) is None:
-        quantization = BitsAndBytesConfig(
+        quantized["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -180,7 +185,7 @@ def load_policy(
         "weights",
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
+            folder, dtype=dtype, device_map={"": device}, **quantized
         ),
     )
     if gradient_checkpointing:

@@ -23,7 +23,7 @@ from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
 from grpo.data import arithmetic_examples, check_disjoint, load_examples
-from grpo.distributed import all_means, all_metrics, init_distributed, sum_gradients
+from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.models import (
     check_prompt_lengths,
@@ -47,7 +47,7 @@ class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """a hub name, a transformers folder, or a .gguf file (or a folder that holds one)"""
     task: Literal["arithmetic", "gsm8k"] = "arithmetic"
-    """sums and differences of single digits, or grade-school word problems"""
+    """sums of single digits, or grade-school word problems"""
     data: str = "gsm8k"
     """for --task gsm8k: "gsm8k" from the hub, or a local folder with train.jsonl and test.jsonl"""
     steps: int = 40
@@ -72,7 +72,7 @@ class Args:
     max_prompt_tokens: int = 256
     """a longer prompt is an error"""
     max_completion_tokens: int | None = None
-    """the answer's limit; by default 32 for arithmetic and 256 for gsm8k"""
+    """the answer's limit; by default 24 for arithmetic and 256 for gsm8k"""
     micro_batch_tokens: int = 2048
     """padded tokens of one forward and backward pass; memory, not the result, depends on it"""
 
@@ -105,8 +105,11 @@ class Args:
 
 
 def messages(question: str, task: str) -> list[dict[str, str]]:
-    hint = "" if task == "arithmetic" else " Think step by step, then end with 'The answer is' and the number."
-    return [{"role": "user", "content": question + hint}]
+    if task == "arithmetic":  # "3+4" it often takes for a name; "3 + 4" for a sum
+        return [{"role": "user", "content": question.replace("+", " + ")}]
+    return [
+        {"role": "user", "content": question + " Think step by step, then end with 'The answer is' and the number."}
+    ]
 
 
 def correct(completions: list[str], golds: list[str]) -> list[float]:
@@ -122,7 +125,7 @@ def main(args: Args) -> None:
     world = init_distributed()
     tokenizer = load_tokenizer(args.model)
     if args.task == "arithmetic":
-        train, held_out = (arithmetic_examples(operations="+-", split=split) for split in ("train", "test"))
+        train, held_out = (arithmetic_examples(split=split) for split in ("train", "test"))
     else:
         train, held_out = (load_examples(args.data, split=split) for split in ("train", "test"))
     held_out = held_out[: args.eval_questions]
@@ -131,7 +134,7 @@ def main(args: Args) -> None:
     eval_prompts = [encode_chat(tokenizer, messages(e.question, args.task)) for e in held_out][world.rank :: world.size]
     eval_golds = [e.gold for e in held_out][world.rank :: world.size]
     check_prompt_lengths(prompts + eval_prompts, args.max_prompt_tokens)
-    max_tokens = args.max_completion_tokens or (32 if args.task == "arithmetic" else 256)
+    max_tokens = args.max_completion_tokens or (24 if args.task == "arithmetic" else 256)
     sampling = Sampling(temperature=args.temperature, max_tokens=max_tokens)
 
     # --- policy, engine, optimizer
@@ -256,7 +259,7 @@ def main(args: Args) -> None:
                 },
                 world,
             ),
-            **all_metrics(merge_metrics(shares) if shares else {}, world),
+            **merge_metrics(shares, world),
             "tokens": tokens,
             "grad_norm": grad_norm,
             "lr": lr,
