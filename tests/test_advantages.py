@@ -34,6 +34,7 @@ def test_scales_and_baselines():
     assert group_advantages(rewards, 4, scale="none", baseline="rloo").tolist() == pytest.approx(
         [1, -1 / 3, -1 / 3, -1 / 3, -4 / 3, -4 / 3, 4 / 3, 4 / 3]
     )
+    assert group_advantages([1, None, 0], 3, scale="none", baseline="rloo").tolist() == [1, 0, -1]
     std = torch.tensor(rewards, dtype=torch.float64).std().item()  # of all rewards, around their common mean
     assert group_advantages(rewards, 4, scale="batch").tolist() == pytest.approx(
         [x / (std + 1e-4) for x in (0.75, -0.25, -0.25, -0.25, -1, -1, 1, 1)]

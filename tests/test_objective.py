@@ -231,7 +231,10 @@ def test_off_policy_sequence_mask_equals_trl():
     theirs = trl_loss_and_gradient(b, loss="dapo", beta=0.04, off_policy_threshold=0.05, importance=ratio)
     assert_same(ours, theirs)
     assert 0 < ours[2]["off_policy_masked"] < 1
+    b.advantages = torch.zeros(6)  # not negative: nothing to leave out, however far
+    assert loss_and_gradient(b, Objective(off_policy_threshold=1e-6))[2]["off_policy_masked"] == 0
     # without the sampler's log-probabilities, the old ones
+    b.advantages = ragged_batch(3).advantages
     objective = Objective(loss="dapo", epsilon=0.2, off_policy_threshold=0.05)
     assert_same(loss_and_gradient(b, objective), trl_loss_and_gradient(b, loss="dapo", off_policy_threshold=0.05))
 
