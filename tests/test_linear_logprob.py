@@ -70,7 +70,7 @@ def compare(backend, dtype, shape, device="cpu", *, entropy_grad=False, use_bias
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 3 rows by 64 columns, so that small inputs have several of both, ragged at the end."""
-    monkeypatch.setattr(module, "_tile", lambda tokens, recompute: (3, 64))
+    monkeypatch.setattr(module, "_tile", lambda tokens, use: (3, 64))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,7 +226,7 @@ def test_second_backward_adds_the_same(backend, low_memory):
 def test_the_logits_are_never_whole(monkeypatch, backend, low_memory):
     """No operation of forward and backward returns more bytes than the head or a tile has."""
     tokens, hidden, vocab, tile = 32, 8, 300, (8, 64)
-    monkeypatch.setattr(module, "_tile", lambda tokens, recompute: tile)
+    monkeypatch.setattr(module, "_tile", lambda tokens, use: tile)
 
     class Largest(TorchDispatchMode):
         size = 0

@@ -25,6 +25,8 @@ The target's own column is left out of the sums and of P: logp = -softplus(logsu
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -244,22 +246,28 @@ def _forward(
     The first len(factor) rows also fill their row of factor: sum over j != target of 2^(z_j - maximum) cap'_j W_j,
     times _half_range."""
     tokens = len(hidden)
-    height, width = _tile(tokens, options.recompute)
-    buffer = hidden.new_empty(height, width, dtype=factor.dtype)
+    height, width = _tile(tokens, "factor" if len(factor) else "sums")
+    chunks = (*_slices(0, len(factor), height), *_slices(len(factor), tokens, height))
     state = torch.zeros(4, tokens, dtype=factor.dtype, device=hidden.device)
     state[0] = state[3] = -torch.inf
     step = _softmax_step_triton if options.kernels else _softmax_step_torch
     blocks = _blocks(weight, width)
-    for rows in (*_slices(0, len(factor), height), *_slices(len(factor), tokens, height)):
-        part, part_targets, part_state = hidden[_index(order, rows)], targets[rows], state[:, rows]
-        accumulator = factor[rows] if rows.start < len(factor) else None
-        tiles = _Tiles(buffer, len(part), weight)
-        for start, block, block_transposed in blocks:
-            logits, narrow = tiles[len(block)]
-            _matmul(part, block_transposed, logits)
-            powers = step(logits, narrow, bias, part_targets, start, part_state, accumulator, options)
-            if accumulator is not None:
-                _matmul(powers, block, accumulator, accumulate=start > 0)
+    streams = _streams(hidden, len(chunks))
+    buffers = [hidden.new_empty(height, width, dtype=factor.dtype) for _ in streams]
+    for i, rows in enumerate(chunks):
+        buffer, stream = buffers[i % len(streams)], streams[i % len(streams)]
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            part, part_targets, part_state = hidden[_index(order, rows)], targets[rows], state[:, rows]
+            accumulator = factor[rows] if rows.start < len(factor) else None
+            tiles = _Tiles(buffer, len(part), weight)
+            for start, block, block_transposed in blocks:
+                logits, narrow = tiles[len(block)]
+                _matmul(part, block_transposed, logits)
+                powers = step(logits, narrow, bias, part_targets, start, part_state, accumulator, options)
+                if accumulator is not None:
+                    _matmul(powers, block, accumulator, accumulate=start > 0)
+    for stream in streams[1:]:
+        torch.cuda.current_stream(hidden.device).wait_stream(stream)
     return state
 
 
@@ -275,7 +283,7 @@ def _hidden_gradient(
     options: _Options,
 ) -> None:
     """grad_hidden = back * dz @ weight; row chunks outside, so that one fp32 chunk of it is all that it takes."""
-    height, width = _tile(len(targets), recompute=True)
+    height, width = _tile(len(targets), "gradient")
     buffer = hidden.new_empty(height, width, dtype=back.dtype)
     chunk = hidden.new_empty(height, hidden.shape[1], dtype=back.dtype)
     step = _gradient_step_triton if options.kernels else _gradient_step_torch
@@ -302,7 +310,7 @@ def _head_gradient(
     options: _Options,
 ) -> tuple[Tensor, Tensor | None]:
     """back * dz^T @ hidden and dz's column sums; vocabulary outside, so that one fp32 block of them is all it takes."""
-    height, width = _tile(len(targets), recompute=True)
+    height, width = _tile(len(targets), "gradient")
     buffer = hidden.new_empty(height, width, dtype=back.dtype)
     block_gradient = hidden.new_empty(width, hidden.shape[1], dtype=back.dtype)
     grad_weight = torch.empty_like(weight)
@@ -325,13 +333,30 @@ def _head_gradient(
     return grad_weight, grad_bias
 
 
-def _tile(tokens: int, recompute: bool) -> tuple[int, int]:
-    """Rows and vocabulary columns of a tile of logits. 32 MiB of fp32, so that it stays in an H100's L2 cache (50 MB)
-    between the product that writes it and the kernel that reads it, and whole waves of 128 x 256 output blocks for
-    both products; recompute: 16 MiB, and fewer rows, because each has an fp32 accumulator [hidden] besides."""
-    height = max(1, min(tokens, 1024 if recompute else 2048))
-    area = 2**22 if recompute else 2**23
+def _tile(tokens: int, use: Literal["sums", "factor", "gradient"]) -> tuple[int, int]:
+    """Rows and vocabulary columns of a tile of logits: 32 MiB of fp32, which stay in an H100's L2 cache (50 MB) between
+    the product that writes them and the kernel that reads them. The product of the powers with the head block likes
+    many columns (each reads and writes the accumulator); the first product alone likes many rows (each reads the head).
+    For the gradient in the backward pass 16 MiB, as a chunk of fp32 accumulators [rows, hidden] comes on top."""
+    most, area = {"sums": (4096, 2**23), "factor": (1024, 2**23), "gradient": (1024, 2**22)}[use]
+    height = max(1, min(tokens, most))
     return height, min(16384, 1 << (area // height).bit_length() - 1)
+
+
+def _streams(x: Tensor, chunks: int) -> list[Any]:
+    """Where chunks of rows run, in turn: on CUDA on two streams, so that one's row kernels and the ends of its products
+    (when few multiprocessors are still at work) go under the other's products. The second stream starts here."""
+    if not x.is_cuda or chunks < 2:
+        return [None]
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    return [None, side]
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """One for good: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Tiles:
