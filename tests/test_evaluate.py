@@ -1,0 +1,292 @@
+"""pass@k, majority votes and standard errors against their definitions; resuming; the command on a tiny model."""
+
+import itertools
+import json
+import math
+import random
+import re
+from typing import NamedTuple
+
+import pytest
+
+from grpo.data import Example
+from grpo.evaluate import Args, evaluate, main, majority, mean_and_error, pass_at_k, summarize
+
+
+class Completion(NamedTuple):
+    token_ids: list[int]
+    truncated: bool
+
+
+class Sampling(NamedTuple):
+    temperature: float = 1.0
+    max_tokens: int = 20
+
+
+class FakeEngine:
+    """Answers "What is i?" by i or i+1, at random from the seed; token ids are characters. Counts its calls."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.fail_at = fail_at
+
+    def generate(self, prompts, group_size, sampling, *, seed):
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append((len(prompts), seed))
+        rng = random.Random(seed)
+        completions = []
+        for prompt in prompts:
+            number = int(re.search(r"\d+", decode(prompt)).group())
+            for _ in range(group_size):
+                value = number + rng.randint(0, 1)
+                text = rng.choice([f"<answer>{value}</answer>", f"The answer is {value}.00", "I do not know"])
+                completions.append(Completion(encode(text), text == "I do not know"))
+        return completions
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def decode(ids):
+    return "".join(map(chr, ids))
+
+
+EXAMPLES = [Example(f"What is {i}?", str(i)) for i in range(10, 33)]
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(("n", "c"), [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_k_is_the_mean_over_all_subsets(n, c):
+    samples = [True] * c + [False] * (n - c)
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(samples, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_of_many_samples():
+    assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01)
+    for wrong in ((4, 5, 1), (4, 2, 5), (4, 2, 0), (4, -1, 1)):
+        with pytest.raises(ValueError, match="pass@k needs"):
+            pass_at_k(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "expected"),
+    [
+        (["5", "5.0", "$5$", "6", "6"], [True, True, True, False, False], 1.0),  # one number in three spellings
+        (["5", "6", "6"], [True, False, False], 0.0),
+        (["5", "6"], [True, False], 0.5),
+        (["5", "6", "7", "7", "5"], [True, False, False, False, True], 0.5),
+        (["5", None, None, None], [True, False, False, False], 1.0),  # no answer, no vote
+        ([None, None], [False, False], 0.0),
+        (["50%", "50%", "50"], [True, True, True], 1.0),
+        ([r"\text{East}", "east", "west"], [True, True, False], 1.0),
+    ],
+)
+def test_majority(answers, correct, expected):
+    assert majority(answers, correct) == expected
+
+
+def test_standard_error_is_numpys():
+    np = pytest.importorskip("numpy")
+    values = [0.0, 0.25, 1.0, 1.0, 0.5]
+    mean, error = mean_and_error(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+def record(correct, answers):
+    return {
+        "correct": correct,
+        "lenient_correct": [True] * len(correct),
+        "answers": answers,
+        "lenient_answers": ["1"] * len(correct),
+        "truncated": [False] * (len(correct) - 1) + [True],
+        "tokens": [10] * len(correct),
+    }
+
+
+def test_summary_of_known_records():
+    records = [
+        record([True, False, False, False], ["1", "2", "2", None]),
+        record([True, True, True, False], ["1", "1", "1", "2"]),
+        record([False] * 4, ["3", "3", "3", "3"]),
+    ]
+    metrics = summarize(records)
+    assert metrics["pass_at_1"] == pytest.approx((0.25 + 0.75 + 0) / 3)
+    assert metrics["pass_at_2"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert metrics["pass_at_4"] == pytest.approx(2 / 3)
+    assert metrics["maj_at_4"] == pytest.approx(1 / 3)
+    assert metrics["pass_at_1_se"] == pytest.approx(mean_and_error([0.25, 0.75, 0])[1])  # over questions, not samples
+    assert metrics["pass_at_1_lenient"] == metrics["maj_at_4_lenient"] == 1.0
+    assert metrics["answered"] == pytest.approx(11 / 12)
+    assert metrics["truncated"] == 0.25
+    assert metrics["tokens"] == 10
+    assert "pass_at_3" not in metrics
+    assert {f"pass_at_{k}" for k in (1, 2, 4, 6)} <= summarize([record([True] * 6, ["1"] * 6)]).keys()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluate
+
+
+def run(engine, out=None, **options):
+    options = {"samples": 4, "seed": 3, "questions_per_batch": 5, "settings": {"model": "m"}} | options
+    return evaluate(engine, Sampling(), encode, decode, EXAMPLES, out=out, **options)
+
+
+def test_records_say_what_was_answered(tmp_path):
+    out = tmp_path / "records" / "eval.jsonl"
+    seen = []
+    result = run(FakeEngine(), out, progress=lambda done, of, metrics: seen.append((done, of, metrics["pass_at_1"])))
+    header, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines == result.records
+    assert header["evaluation"] | {"model": "m", "questions": 23, "samples": 4, "seed": 3} == header["evaluation"]
+    assert header["evaluation"]["sampling"] == {"temperature": 1.0, "max_tokens": 20}
+    assert [s[:2] for s in seen] == [(5, 23), (10, 23), (15, 23), (20, 23), (23, 23)]
+    assert seen[-1][2] == result.metrics["pass_at_1"]
+    kinds = set()
+    for i, line in enumerate(lines):
+        assert (line["index"], line["question"], line["gold"]) == (i, *EXAMPLES[i])
+        for text, answer, lenient, right, lenient_right, tokens, truncated in zip(
+            *(line[k] for k in ("completions", "answers", "lenient_answers", "correct", "lenient_correct")),
+            line["tokens"],
+            line["truncated"],
+        ):
+            kinds.add((text[:2], right, lenient_right))
+            gold = int(EXAMPLES[i].gold)
+            said = re.search(r"\d+", text)
+            assert lenient_right == (said is not None and int(said.group()) == gold)
+            assert right == (lenient_right and text.startswith("<answer>"))
+            assert (answer is not None) == text.startswith("<answer>")
+            assert (lenient is None) == truncated == (said is None)
+            assert tokens == len(text)
+    assert len(kinds) == 5  # right and wrong in both forms, and no answer: all were seen
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path):
+    whole = run(FakeEngine(), tmp_path / "whole.jsonl")
+    for fail_at in (0, 1, 3):
+        out = tmp_path / f"broken{fail_at}.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            run(FakeEngine(fail_at), out)
+        with open(out, "a") as file:  # and it died within the next batch
+            file.write(json.dumps(whole.records[5 * fail_at]) + '\n{"index": ')
+        engine = FakeEngine()
+        assert run(engine, out) == whole
+        assert len(engine.calls) == 5 - fail_at
+        assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    finished = FakeEngine()
+    assert run(finished, tmp_path / "whole.jsonl") == whole
+    assert finished.calls == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "was made with seed 3, and now it is 4; give another file, or delete"),
+        ({"samples": 2}, "samples 4, and now it is 2"),
+        ({"settings": {"model": "other"}}, "model 'm', and now it is 'other'"),
+        ({"settings": {"model": "m", "adapter": "a"}}, "adapter None, and now it is 'a'"),
+        ({"questions_per_batch": 7}, "batch 5, and now it is 7"),
+    ],
+)
+def test_a_file_of_another_evaluation_is_refused(tmp_path, change, message):
+    run(FakeEngine(), tmp_path / "e.jsonl")
+    before = (tmp_path / "e.jsonl").read_text()
+    with pytest.raises(ValueError, match=message):
+        run(FakeEngine(), tmp_path / "e.jsonl", **change)
+    assert (tmp_path / "e.jsonl").read_text() == before
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "e.jsonl").write_text('{"question": "mine"}\n')
+    with pytest.raises(ValueError, match="exists and is not an evaluation's file"):
+        run(FakeEngine(), tmp_path / "e.jsonl")
+    assert (tmp_path / "e.jsonl").read_text() == '{"question": "mine"}\n'
+
+
+def test_another_prompt_or_another_gold_is_another_evaluation(tmp_path):
+    out = tmp_path / "e.jsonl"
+    run(FakeEngine(), out)
+    options = {"samples": 4, "seed": 3, "questions_per_batch": 5, "settings": {"model": "m"}, "out": out}
+    with pytest.raises(ValueError, match="made with prompts"):
+        evaluate(FakeEngine(), Sampling(), lambda q: encode("Please: " + q), decode, EXAMPLES, **options)
+    with pytest.raises(ValueError, match="made with examples"):
+        evaluate(FakeEngine(), Sampling(), encode, decode, [e._replace(gold="1") for e in EXAMPLES], **options)
+
+
+def test_seeds_differ_between_batches_and_seeds():
+    engine = FakeEngine()
+    run(engine)
+    run(engine, seed=4)
+    seeds = [seed for _, seed in engine.calls]
+    assert len(set(seeds)) == len(seeds) == 10
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="no test questions"):
+        evaluate(FakeEngine(), Sampling(), encode, decode, [])
+    with pytest.raises(ValueError, match="--samples 0"):
+        run(FakeEngine(), samples=0)
+    engine = FakeEngine()
+    with pytest.raises(ValueError, match="2 test questions are training questions too"):
+        run(engine, tmp_path / "e.jsonl", training=[*EXAMPLES[3:5], Example("another", "1")])
+    assert engine.calls == []
+    assert not (tmp_path / "e.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def args(model_folder, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, first in (("train", 8), ("test", 20)):
+        rows = [{"question": f"w{i} w{i + 1}", "answer": f"#### w{i}"} for i in range(first, first + 5)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return Args(
+        model=model_folder(),
+        data=str(folder),
+        engine="torch",
+        load_in_4bit=False,
+        max_tokens=6,
+        batch=2,
+        samples=3,
+        temperature=1.0,
+        out=tmp_path / "out.jsonl",
+    )
+
+
+def test_command(args, capsys):
+    import dataclasses
+
+    result = main(args)
+    assert [r["question"] for r in result.records] == [f"w{i} w{i + 1}" for i in range(20, 25)]
+    assert all(0 < t <= 6 for r in result.records for t in r["tokens"])
+    assert "5/5 questions: pass@1" in capsys.readouterr().out
+    # Uninterrupted or in two parts, the same; and a second seed answers otherwise.
+    text = args.out.read_text()
+    args.out.write_text("".join(text.splitlines(keepends=True)[:4]))
+    assert main(args) == result
+    assert args.out.read_text() == text
+    other = main(dataclasses.replace(args, seed=1, out=args.out.with_name("other.jsonl")))
+    assert [r["completions"] for r in other.records] != [r["completions"] for r in result.records]
+
+
+def test_command_refuses(args, tmp_path):
+    import dataclasses
+
+    with pytest.raises(ValueError, match="greedy samples are all the same"):
+        main(dataclasses.replace(args, temperature=0.0))
+    with pytest.raises(ValueError, match=r"--prompt must hold \{question\}"):
+        main(dataclasses.replace(args, prompt="Solve this."))
+    train = tmp_path / "data" / "train.jsonl"
+    with pytest.raises(ValueError, match="5 test questions are training questions too"):
+        main(dataclasses.replace(args, data=str(train), training=str(train)))
+    assert not args.out.exists()
