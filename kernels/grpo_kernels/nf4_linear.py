@@ -1,0 +1,595 @@
+"""y = x W^T + bias on NF4 weights, in bitsandbytes' layout, without writing the dequantised weight.
+
+The weight is [N, K] with K a multiple of 64. packed holds two 4-bit codes a byte, the even k in the high bits; every 64
+weights share one absmax: W[n, k] = NF4[code[n, k]] * absmax[n, k // 64] (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    rows        path
+    1 to ~256   fused: reads the 4-bit codes once and decodes them in registers
+    more        chunks of the weight, dequantised into a buffer of some MiB, and the vendor's matrix product
+    no Triton   the whole weight dequantised in torch: the reference
+
+The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows x has:
+
+- Decode: a byte permute (PTX prmt) looks four codes up at once in eight bytes of table; the 16 values' low and high
+  bytes fill eight registers. About three integer instructions a weight, no table in memory.
+- The table holds round(NF4[i] * TABLE_SCALE), and the result is divided by TABLE_SCALE: that factor is where the 16
+  values round best. Their bfloat16 error is then 0.08% (weighted by how often a value occurs), half of what
+  dequantising to bfloat16 costs. The scales multiply fp32 partial sums of 64 terms, so they add no error.
+- A thread decodes 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same way
+  (`_permute_kernel`), which pads its rows to the tile as well.
+- Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # no Triton on macOS
+    triton = None
+
+BLOCK = 64
+"""weights that share one absmax"""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+TABLE_SCALE = 1.436767578125
+
+
+class NestedAbsmax(NamedTuple):
+    """Double-quantised absmax: absmax[i] = code[quantised[i]] * absmax[i // 256] + offset."""
+
+    quantised: Tensor  # [N * K / 64] uint8
+    code: Tensor  # [256] float32
+    absmax: Tensor  # [ceil(N * K / 64 / 256)] float32
+    offset: Tensor  # scalar float32
+
+
+def absmax_of(quant_state: Any) -> Tensor | NestedAbsmax:
+    """The scales of a bitsandbytes QuantState (NF4, block 64), as `nf4_linear` takes them; shares its tensors.
+
+    Raises ValueError for another format."""
+    if quant_state.quant_type != "nf4" or quant_state.blocksize != BLOCK:
+        raise ValueError(
+            f"quant_state is {quant_state.quant_type} in blocks of {quant_state.blocksize}: only nf4 in blocks of "
+            f"{BLOCK} is supported; quantise with bnb_4bit_quant_type='nf4' and the default block size"
+        )
+    if not quant_state.nested:
+        return quant_state.absmax
+    inner = quant_state.state2
+    if inner.blocksize != 256:
+        raise ValueError(f"quant_state.state2 has blocks of {inner.blocksize}, must be 256 (bitsandbytes' default)")
+    offset = torch.as_tensor(quant_state.offset, dtype=torch.float32, device=quant_state.absmax.device)
+    return NestedAbsmax(quant_state.absmax, inner.code, inner.absmax, offset)
+
+
+def expand_absmax(absmax: Tensor | NestedAbsmax) -> Tensor:
+    """absmax: [N * K / 64] float32. Expanded once it costs 4 bytes for 64 weights (12.5% of their codes) instead of 1."""
+    if not isinstance(absmax, NestedAbsmax):
+        return absmax.float()
+    flat = absmax.quantised.reshape(-1)
+    outer = absmax.absmax.repeat_interleave(256)[: len(flat)]
+    return absmax.code[flat.int()] * outer + absmax.offset
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    backend: Literal["fused", "dequantise", "torch"] | None = None,
+) -> Tensor:
+    """x W^T + bias for a frozen NF4 weight. Differentiable in x and bias.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32, any strides. float32 is never computed by the fused kernel.
+        packed: [N * K / 2, 1] (or any shape of as many bytes) uint8, contiguous, bitsandbytes' layout.
+        absmax: [N * K / 64] floating point, contiguous, or a `NestedAbsmax`, decoded in the kernel.
+        shape: (N, K), the weight's. K must be a multiple of 64.
+        bias: [N], or None.
+        backend: None picks by device, dtype and rows: "fused" (Triton, 16-bit x), "dequantise" (Triton chunks and
+            the vendor's product) or "torch" (everything in torch).
+
+    Returns:
+        [..., N], dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names it.
+    """
+    _check(x, packed, absmax, shape, bias)
+    rows = math.prod(x.shape[:-1])
+    if backend is None:
+        backend = _choose(x, rows)
+    elif backend not in ("fused", "dequantise", "torch") or (backend != "torch" and triton is None):
+        raise ValueError(f"backend {backend!r}: choose 'fused' or 'dequantise' (need Triton), 'torch' or None")
+    elif backend == "fused" and x.dtype == torch.float32:
+        raise ValueError("backend 'fused' needs a 16-bit x, x is float32: cast it, or choose 'dequantise'")
+    flat = x.reshape(rows, shape[1])
+    return _NF4Linear.apply(flat, packed, absmax, shape, bias, backend).view(*x.shape[:-1], shape[0])
+
+
+def nf4_linear_reference(
+    x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None = None
+) -> Tensor:
+    """The same by plain torch, with the weight in x's dtype (float64 included)."""
+    return F.linear(x, nf4_dequantise_reference(packed, absmax, shape, x.dtype), bias)
+
+
+def nf4_dequantise_reference(
+    packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """[N, K] in dtype, rounded once from the float32 product as bitsandbytes does (float64 is not rounded)."""
+    codes = torch.stack((packed.reshape(-1) >> 4, packed.reshape(-1) & 15), -1)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.tensor(NF4, dtype=exact, device=packed.device)[codes.reshape(-1, BLOCK).int()]
+    return (values * expand_absmax(absmax).to(exact)[:, None]).to(dtype).view(shape)
+
+
+def nf4_dequantise(
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    out: Tensor | None = None,
+) -> Tensor:
+    """W[rows, columns] in dtype, by a Triton kernel; bit for bit `nf4_dequantise_reference` for expanded scales.
+
+    columns must begin and end at multiples of 64. out: a contiguous buffer of the result's shape and dtype."""
+    row_start, row_stop, _ = rows.indices(shape[0])
+    start, stop, _ = columns.indices(shape[1])
+    size = (row_stop - row_start, stop - start)
+    if out is None:
+        out = torch.empty(size, dtype=dtype, device=packed.device)
+    blocks = size[0] * (size[1] // BLOCK)
+    if blocks:
+        _dequantise_kernel[(triton.cdiv(blocks, 32),)](
+            packed.view(-1).view(torch.int16), *_scale_arguments(absmax), out, blocks, size[1] // BLOCK, shape[1] // BLOCK,
+            row_start, start // BLOCK, NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32, PTX=packed.is_cuda,
+        )  # fmt: skip
+    return out
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, absmax, shape, bias, backend):
+        ctx.set_materialize_grads(False)
+        ctx.weight = (packed, absmax, shape)  # frozen
+        ctx.backend, ctx.dtype = backend, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if backend == "fused":
+            return _fused(x, packed, absmax, shape, bias)
+        if backend == "torch":
+            return nf4_linear_reference(x, packed, absmax, shape, bias)
+        return _by_chunks(x, packed, absmax, shape, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None, None, None, None
+        packed, absmax, shape = ctx.weight
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.backend == "torch":
+                grad_x = grad @ nf4_dequantise_reference(packed, absmax, shape, ctx.dtype)
+            else:
+                grad_x = _gradient_by_chunks(grad, packed, absmax, shape)
+        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_bias, None
+
+
+def _check(
+    x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None
+) -> None:
+    n, k = shape
+    if k % BLOCK or not k:
+        raise ValueError(f"shape is (N, K) = {tuple(shape)}: K must be a multiple of {BLOCK}; dequantise this weight")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x is {list(x.shape)}, must be [..., {k}] for a weight of shape {tuple(shape)}")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x is {x.dtype}: cast it to bfloat16, float16 or float32")
+    if packed.dtype != torch.uint8 or packed.numel() != n * k // 2 or not packed.is_contiguous():
+        raise ValueError(
+            f"packed is {packed.dtype} {list(packed.shape)}, must be contiguous uint8 of {n * k // 2} elements; "
+            "view another bnb_4bit_quant_storage as torch.uint8"
+        )
+    scales = absmax.quantised if isinstance(absmax, NestedAbsmax) else absmax
+    blocks = n * k // BLOCK
+    if (
+        scales.numel() != blocks
+        or not scales.is_contiguous()
+        or isinstance(absmax, NestedAbsmax) != (scales.dtype == torch.uint8)
+    ):
+        raise ValueError(
+            f"absmax is {scales.dtype} {list(scales.shape)}, must be {blocks} contiguous floating point values, or a "
+            "NestedAbsmax of as many uint8 codes (see absmax_of)"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias is {list(bias.shape)}, must be [N] = [{n}]")
+    for name, tensor in (("packed", packed), ("absmax", scales), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one")
+
+
+FUSED_ROWS = 256
+"""rows of x up to which the fused kernel is faster than chunks (H100, docs/performance.md)"""
+CHUNK_BYTES = 32 << 20
+"""size of a dequantised chunk: what stays in the L2 cache until the product has read it"""
+
+
+def _choose(x: Tensor, rows: int) -> Literal["fused", "dequantise", "torch"]:
+    if triton is None or not x.is_cuda:
+        return "torch"
+    fused = rows <= FUSED_ROWS and x.dtype != torch.float32 and _has_tensor_cores(x.device, x.dtype)
+    return "fused" if fused else "dequantise"
+
+
+@functools.cache
+def _has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 5))
+
+
+def _by_chunks(
+    x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """Chunks of W's rows, each dequantised into the same buffer and multiplied."""
+    n, k = shape
+    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
+    step = min(n, max(1, CHUNK_BYTES // (k * x.element_size())))
+    buffer = torch.empty(step, k, dtype=x.dtype, device=x.device)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        chunk = nf4_dequantise(packed, absmax, shape, x.dtype, rows=rows, out=buffer[: rows.stop - start])
+        if bias is None:
+            torch.mm(x, chunk.T, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows].to(x.dtype), x, chunk.T, out=y[:, rows])
+    return y
+
+
+def _gradient_by_chunks(grad: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int]) -> Tensor:
+    """grad @ W in chunks of W's columns, so that no sum is split."""
+    n, k = shape
+    grad_x = torch.empty(len(grad), k, dtype=grad.dtype, device=grad.device)
+    step = min(k, max(1, CHUNK_BYTES // (n * grad.element_size() * BLOCK)) * BLOCK)
+    buffer = torch.empty(n * step, dtype=grad.dtype, device=grad.device)
+    for start in range(0, k, step):
+        columns = slice(start, min(start + step, k))
+        out = buffer[: n * (columns.stop - start)].view(n, -1)
+        chunk = nf4_dequantise(packed, absmax, shape, grad.dtype, columns=columns, out=out)
+        torch.mm(grad, chunk, out=grad_x[:, columns])
+    return grad_x
+
+
+class Tiles(NamedTuple):
+    """How the fused kernel is launched."""
+
+    n: int  # weight rows a program
+    rows: int  # rows of x a program
+    splits: int  # programs that share the sum over k of one tile
+    warps: int
+    stages: int
+    group: int = 4
+    wide: bool = True
+    pdl: bool = False
+
+
+def choose_tiles(rows: int, n: int, k: int, multiprocessors: int) -> Tiles:
+    """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small."""
+    row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    n_tile, warps, stages = (128, 8, 2) if row_tile == 128 else (64, 4, 3)
+    tiles = -(-n // n_tile) * -(-rows // row_tile)
+    per_multiprocessor = 1 if row_tile == 128 else 4
+    splits = max(1, min(per_multiprocessor * multiprocessors // tiles, k // 512, 16))
+    return Tiles(n_tile, row_tile, splits, warps, stages)
+
+
+def _scale_arguments(absmax: Tensor | NestedAbsmax) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return absmax if isinstance(absmax, NestedAbsmax) else (absmax, None, None, None)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _fused(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """x: [rows, K], 16-bit. tiles: None chooses."""
+    n, k = shape
+    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    if tiles is None:
+        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4)
+    n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
+    permuted = torch.empty(row_tiles * tiles.rows, k, dtype=x.dtype, device=x.device)
+    counters = partial = None
+    if tiles.splits > 1:
+        counters = torch.empty(n_tiles * row_tiles, dtype=torch.int32, device=x.device)
+        size = (tiles.splits, n_tiles * row_tiles, tiles.n * tiles.rows)
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+    options = {"launch_pdl": True} if tiles.pdl else {}
+    _permute_kernel[(len(permuted), triton.cdiv(k, 1024))](
+        x, permuted, counters, x.stride(0), x.stride(1), len(x), k,
+        0 if counters is None else len(counters), WIDTH=1024, PDL=tiles.pdl, num_warps=4, **options,
+    )  # fmt: skip
+    group = math.gcd(k // BLOCK, tiles.group)
+    _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
+        permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
+        len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
+        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=group, WIDE=tiles.wide, PTX=x.is_cuda, PDL=tiles.pdl,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+    )  # fmt: skip
+    return y
+
+
+def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
+    """PTX that turns two 16-bit words of four codes each into four values of each, NF4[code] * scale in dtype.
+
+    Operands: outputs q, for q = 0..3 the codes at k = 4 j + q of both words (a 16-bit dtype: one register with both;
+    float32: two registers), then the input register. The low byte of a word comes first in memory and its high
+    four bits are the even k, so from the lowest bits on a word holds k = 1, 0, 3, 2.
+
+    One prmt with the low three bits of four codes as selectors picks four bytes out of eight; this is done in both
+    halves of the table, and a third prmt, with bit 3 of the codes, picks one of the two. Once for each byte of dtype.
+    """
+    planes = dtype.itemsize
+    bits = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, planes).T.tolist()
+    tables = [[int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)] for plane in bits]
+    names = "abcd"[:planes]
+    source = f"${4 * (planes // 2)}"
+    lines = [
+        f"prmt.b32 w, {source}, {source}, 0x3120;",  # codes of k = 1, 0 of both words, then of k = 3, 2
+        "shr.u32 m, w, 1;",
+        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xea;",  # (m & ..) | ..: selector i + 4 * bit 3 of code i
+        "and.b32 s, w, 0x77777777;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines += ["shr.u32 m, m, 16;", "shr.u32 s, s, 16;"]
+        for name, (t0, t1, t2, t3) in zip(names, tables):
+            lines.append(f"prmt.b32 p, {t0:#010x}, {t1:#010x}, s;")
+            lines.append(f"prmt.b32 q, {t2:#010x}, {t3:#010x}, s;")
+            lines.append(f"prmt.b32 {name}, p, q, m;")
+        # Bytes of the planes now: 0 and 2 the odd k of the two words, 1 and 3 the even.
+        for first in (1, 0):
+            q = 2 * half + 1 - first
+            if planes == 2:
+                lines.append(f"prmt.b32 ${q}, a, b, {0x7351 if first else 0x6240:#06x};")
+            else:
+                for word in (0, 1):
+                    at = first + 2 * word
+                    lines.append(f"prmt.b32 p, a, b, {(at + 4) << 4 | at:#06x};")
+                    lines.append(f"prmt.b32 q, c, d, {(at + 4) << 4 | at:#06x};")
+                    lines.append(f"prmt.b32 ${2 * q + word}, p, q, 0x5410;")
+    return "{ .reg .b32 w, m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
+
+
+def _rounded(dtype: torch.dtype, scale: float) -> tuple[float, ...]:
+    return tuple((torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).tolist())
+
+
+if triton is not None:
+    _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE))
+    _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE))
+    _PTX_FP32 = tl.constexpr(lookup_ptx(torch.float32, 1.0))
+    _VALUES_BF16 = tl.constexpr(_rounded(torch.bfloat16, TABLE_SCALE))
+    _VALUES_FP16 = tl.constexpr(_rounded(torch.float16, TABLE_SCALE))
+    _VALUES_FP32 = tl.constexpr(_rounded(torch.float32, 1.0))
+
+    @triton.jit
+    def _select(codes, VALUES: tl.constexpr):
+        """The table by 16 selects: for the interpreter, which has no PTX."""
+        found = tl.full(codes.shape, VALUES[0], tl.float32)
+        for i in tl.static_range(1, 16):
+            found = tl.where(codes == i, VALUES[i], found)
+        return found
+
+    @triton.jit
+    def _lookup(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
+        """Words of four codes -> their values at k = 4 j, 4 j + 1, 4 j + 2, 4 j + 3."""
+        if PTX:
+            if tl.float32 == DTYPE:
+                return tl.inline_asm_elementwise(
+                    _PTX_FP32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
+                    dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
+                )  # fmt: skip
+            elif tl.bfloat16 == DTYPE:
+                return tl.inline_asm_elementwise(
+                    _PTX_BF16, "=r,=r,=r,=r,r", [words],
+                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+                )  # fmt: skip
+            else:
+                return tl.inline_asm_elementwise(
+                    _PTX_FP16, "=r,=r,=r,=r,r", [words],
+                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+                )  # fmt: skip
+        else:
+            VALUES: tl.constexpr = (
+                _VALUES_FP32 if tl.float32 == DTYPE else _VALUES_BF16 if tl.bfloat16 == DTYPE else _VALUES_FP16
+            )
+            words = words.to(tl.int32)
+            return (
+                _select((words >> 4) & 15, VALUES),
+                _select(words & 15, VALUES),
+                _select((words >> 12) & 15, VALUES),
+                _select((words >> 8) & 15, VALUES),
+            )
+
+    @triton.jit
+    def _quarters(tile):
+        """[N, 4 C] -> its four [N, C]."""
+        WIDTH: tl.constexpr = tile.shape[1] // 4
+        tile = tl.permute(tl.reshape(tile, (tile.shape[0], 2, 2, WIDTH)), (0, 3, 1, 2))
+        first, second = tl.split(tile)
+        t0, t2 = tl.split(first)
+        t1, t3 = tl.split(second)
+        return t0, t1, t2, t3
+
+    @triton.jit
+    def _halves(tile):
+        WIDTH: tl.constexpr = tile.shape[1] // 2
+        return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, WIDTH)), (0, 2, 1)))
+
+    @triton.jit
+    def _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, index, NESTED: tl.constexpr):
+        """absmax at index, fp32, of a `NestedAbsmax` too."""
+        absmax = tl.load(absmax_ptr + index)
+        if NESTED:
+            outer = tl.load(outer_ptr + index // 256)
+            return tl.load(code_ptr + absmax) * outer + tl.load(offset_ptr)
+        else:
+            return absmax.to(tl.float32)
+
+    @triton.jit
+    def _block_dot(words, x_pointers, scale, PTX: tl.constexpr):
+        """[N_TILE, 16] words of one block of 64 along k, times x: [64, ROW_TILE] -> [N_TILE, ROW_TILE] float32."""
+        x = tl.load(x_pointers)
+        q0, q1, q2, q3 = _lookup(words, x.dtype, PTX)
+        weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
+        weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
+        if PTX:
+            return tl.dot(weights, x) * scale
+        else:
+            return tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
+
+    @triton.jit(do_not_specialize=["rows", "counters"])
+    def _permute_kernel(
+        x_ptr, out_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+        WIDTH: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """out[row, 64 b + 16 q + j] = x[row, 64 b + 4 j + q], zero in the rows that pad; and counters to zero."""
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        row = tl.program_id(0)
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        inside = column < columns
+        x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
+        x = tl.permute(tl.reshape(x, (WIDTH // 64, 16, 4)), (0, 2, 1))
+        tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
+        if counters_ptr is not None:
+            programs = tl.num_programs(0) * tl.num_programs(1)
+            first = (row * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+            for start in range(first, counters, programs * WIDTH):
+                index = start + tl.arange(0, WIDTH)
+                tl.store(counters_ptr + index, tl.zeros((WIDTH,), tl.int32), mask=index < counters)
+
+    @triton.jit(do_not_specialize=["rows", "row_tiles"])  # one program for every batch size
+    def _fused_kernel(
+        x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, bias_ptr, y_ptr, partial_ptr, counters_ptr,
+        rows, N, K, row_tiles, factor,
+        NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
+        WIDE: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
+        tile = tl.program_id(0)
+        n_start = (tile // row_tiles) * N_TILE
+        row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
+        n = tl.minimum(n_start + tl.arange(0, N_TILE), N - 1)  # rows beyond N repeat the last and are not stored
+        blocks = K // 64
+        groups = blocks // GROUP
+        share = tl.cdiv(groups, tl.num_programs(1))
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, groups) - 1
+
+        index = (n * blocks)[:, None] + tl.arange(0, GROUP)[None, :]
+        scales = _scales(
+            absmax_ptr, code_ptr, outer_ptr, offset_ptr, index + tl.minimum(first, groups - 1) * GROUP, NESTED
+        )
+        WORDS: tl.constexpr = 16 * GROUP if WIDE else 16
+        words_pointers = words_ptr + n.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, WORDS)[None, :]
+        x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
+        accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        for group in range(first, last + 1):
+            following = index + tl.minimum(group + 1, last) * GROUP
+            next_scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, following, NESTED)
+            x_group = x_pointers + group * (GROUP * 64)
+            words_group = words_pointers + group * (GROUP * 16)
+            if GROUP == 4:
+                s0, s1, s2, s3 = _quarters(scales)
+                if WIDE:
+                    w0, w1, w2, w3 = _quarters(tl.load(words_group))
+                else:
+                    w0 = tl.load(words_group)
+                    w1 = tl.load(words_group + 16)
+                    w2 = tl.load(words_group + 32)
+                    w3 = tl.load(words_group + 48)
+                accumulator += _block_dot(w0, x_group, s0, PTX)
+                accumulator += _block_dot(w1, x_group + 64, s1, PTX)
+                accumulator += _block_dot(w2, x_group + 128, s2, PTX)
+                accumulator += _block_dot(w3, x_group + 192, s3, PTX)
+            elif GROUP == 2:
+                s0, s1 = _halves(scales)
+                if WIDE:
+                    w0, w1 = _halves(tl.load(words_group))
+                else:
+                    w0 = tl.load(words_group)
+                    w1 = tl.load(words_group + 16)
+                accumulator += _block_dot(w0, x_group, s0, PTX)
+                accumulator += _block_dot(w1, x_group + 64, s1, PTX)
+            else:
+                accumulator += _block_dot(tl.load(words_group), x_group, scales, PTX)
+            scales = next_scales
+
+        last_one = True
+        if SPLIT:
+            local = tl.arange(0, N_TILE)[:, None] * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
+            partials = partial_ptr + tile.to(tl.int64) * (N_TILE * ROW_TILE) + local
+            step = tl.num_programs(0).to(tl.int64) * (N_TILE * ROW_TILE)
+            tl.store(partials + tl.program_id(1) * step, accumulator)
+            tl.debug_barrier()  # the whole tile is written before the counter says so
+            last_one = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
+            if last_one:
+                accumulator = tl.load(partials, cache_modifier=".cg")
+                for i in range(1, tl.num_programs(1)):
+                    accumulator += tl.load(partials + i * step, cache_modifier=".cg")
+        if last_one:
+            y = accumulator * factor
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+            column = n_start + tl.arange(0, N_TILE)
+            inside = (row < rows)[None, :] & (column < N)[:, None]
+            tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["blocks", "row_start", "start"])
+    def _dequantise_kernel(
+        words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, out_ptr,
+        blocks, width, row_width, row_start, start,
+        NESTED: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCKS blocks of 64 of a part of W: width blocks a row, out of row_width, from row_start and block start."""
+        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        source = (row_start + block // width).to(tl.int64) * row_width + start + block % width
+        source = tl.where(inside, source, 0)
+        words = tl.load(words_ptr + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
+        scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, source, NESTED)
+        q0, q1, q2, q3 = _lookup(words, tl.float32, PTX)
+        values = tl.reshape(tl.join(tl.join(q0, q2), tl.join(q1, q3)), (BLOCKS, 64)) * scales[:, None]
+        pointers = out_ptr + block.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+        tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,241 @@
+"""The NF4 matrix product on the CPU: bitsandbytes as the oracle, the kernels under the interpreter, the PTX executed."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from grpo_kernels import nf4_linear as nf4
+from grpo_kernels.nf4_linear import NestedAbsmax, Tiles, absmax_of, nf4_linear, nf4_linear_reference
+
+# The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
+
+
+def problem(n, k, rows, dtype=torch.float16, *, nested=True, device="cpu", seed=0):
+    """(x, packed, absmax, state) of a Gaussian weight quantised by bitsandbytes."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(n, k, device=device, generator=generator) * 0.05
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    x = torch.randn(rows, k, device=device, generator=generator).to(dtype)
+    return x, packed, absmax_of(state), state
+
+
+def relative_error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def bitsandbytes_weight(packed, state, dtype):
+    state.dtype = dtype
+    return dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_reference_decodes_as_bitsandbytes(nested, dtype):
+    _, packed, absmax, state = problem(70, 192, 1, nested=nested)
+    actual = nf4.nf4_dequantise_reference(packed, absmax, (70, 192), dtype)
+    expected = bitsandbytes_weight(packed, state, dtype)
+    if nested:  # one float32 rounding of the scale apart
+        torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert (actual == expected).float().mean() > 0.9
+    else:
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dequantise_kernel_is_the_reference(nested, dtype):
+    _, packed, absmax, _ = problem(37, 320, 1, nested=nested)
+    expected = nf4.nf4_dequantise_reference(packed, absmax, (37, 320), dtype)
+    for rows, columns in ((slice(None), slice(None)), (slice(5, 30), slice(None)), (slice(None), slice(64, 256))):
+        out = torch.full(expected[rows, columns].shape, float("nan"), dtype=dtype)
+        assert nf4.nf4_dequantise(packed, absmax, (37, 320), dtype, rows=rows, columns=columns, out=out) is out
+        torch.testing.assert_close(out, expected[rows, columns], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        assert (out == expected[rows, columns]).float().mean() > (0.95 if nested else 1 - 1e-9)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "tiles"),
+    [
+        (96, 512, 1, Tiles(64, 16, 1, 4, 2)),  # N is no multiple of the tile; 4 blocks a step
+        (65, 384, 17, Tiles(64, 16, 1, 4, 2)),  # two tiles of rows; 2 blocks a step
+        (130, 192, 5, Tiles(128, 8, 1, 4, 2)),  # 1 block a step
+        (40, 1280, 33, Tiles(64, 64, 1, 4, 2)),  # splits of unequal length
+    ],
+    ids=str,
+)
+def test_fused_kernel(n, k, rows, tiles, nested, splits, monkeypatch):
+    monkeypatch.setattr(nf4, "choose_tiles", lambda *_: tiles._replace(splits=splits))
+    x, packed, absmax, _ = problem(n, k, rows, nested=nested)
+    bias = torch.randn(n).half()
+    exact = nf4_linear_reference(x.double(), packed, absmax, (n, k), bias.double())
+    with poisoned_memory():
+        actual = nf4_linear(x, packed, absmax, (n, k), bias, backend="fused")
+    assert relative_error(actual, exact) < 4e-4
+    assert (actual.double() - exact).abs().max() < 5e-3  # every output, the last rows and columns too
+
+
+class poisoned_memory:
+    """torch.empty returns NaN, or the largest integer, within."""
+
+    def __enter__(self):
+        self.before = torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = self.before
+
+
+def test_poison_works():
+    with poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+
+
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+def test_any_strides_and_leading_axes(backend):
+    x, packed, absmax, _ = problem(40, 256, 12)
+    expected = nf4_linear_reference(x.double(), packed, absmax, (40, 256))
+    spaced = torch.full((12, 600), float("nan"), dtype=x.dtype)
+    spaced[:, 3:515:2] = x
+    transposed = x.T.contiguous().T
+    for view in (spaced[:, 3:515:2], transposed, x.view(3, 4, 256)):
+        actual = nf4_linear(view, packed, absmax, (40, 256), backend=backend)
+        assert actual.shape == (*view.shape[:-1], 40)
+        assert relative_error(actual.reshape(12, 40), expected) < 1e-3
+    assert nf4_linear(x[:0], packed, absmax, (40, 256), backend=backend).shape == (0, 40)
+    assert nf4_linear(x[0], packed, absmax, (40, 256), backend=backend).shape == (40,)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+def test_gradient(backend, monkeypatch):
+    monkeypatch.setattr(nf4, "CHUNK_BYTES", 64 * 40 * 2)  # several chunks
+    x, packed, absmax, _ = problem(40, 256, 9)
+    bias = torch.randn(40).half()
+    upstream = torch.randn(9, 40).half()
+
+    def gradients(function, dtype, **options):
+        leaf, leaf_bias = x.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
+        y = function(leaf, packed, absmax, (40, 256), leaf_bias, **options)
+        y.backward(upstream.to(dtype))
+        return y, leaf.grad, leaf_bias.grad
+
+    for a, e in zip(
+        gradients(nf4_linear, torch.float16, backend=backend), gradients(nf4_linear_reference, torch.float64)
+    ):
+        assert relative_error(a, e) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ptx_of_the_lookup(dtype):
+    """Executes the PTX for every 16-bit word, beside a random one, and compares bit for bit with the table."""
+    scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE
+    words = np.stack([np.arange(2**16), np.random.default_rng(0).integers(0, 2**16, 2**16)])
+    registers = 8 if dtype == torch.float32 else 4
+    outputs = run_ptx(nf4.lookup_ptx(dtype, scale), (words[0] | words[1] << 16).astype(np.uint32), registers)
+    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype)
+    for word in (0, 1):
+        low, high = words[word] & 255, words[word] >> 8  # the low byte is first in memory, its high bits the even k
+        for q, codes in enumerate((low >> 4, low & 15, high >> 4, high & 15)):
+            if dtype == torch.float32:
+                found = torch.from_numpy(outputs[2 * q + word].view(np.int32)).view(torch.float32)
+            else:
+                found = (outputs[q] >> (16 * word) & 0xFFFF).astype(np.uint16).view(np.int16)
+                found = torch.from_numpy(found).view(dtype)
+            assert torch.equal(found, table[torch.from_numpy(codes)])
+
+
+def run_ptx(source: str, word: np.ndarray, outputs: int) -> list[np.ndarray]:
+    """The few instructions that `lookup_ptx` uses, on arrays of uint32."""
+    registers = {f"${outputs}": word}
+
+    def value(name):
+        if name in registers:
+            return registers[name].astype(np.uint64)
+        return np.full(len(word), int(name, 0), np.uint64)
+
+    for line in re.findall(r"[\w.]+ [^;{}]+(?=;)", source):
+        op, rest = line.split(" ", 1)
+        names = [name.strip() for name in rest.split(",")]
+        if op == ".reg":
+            continue
+        if op == "prmt.b32":
+            both = value(names[1]) | value(names[2]) << np.uint64(32)
+            result = np.zeros(len(word), np.uint64)
+            for i in range(4):
+                selector = value(names[3]) >> np.uint64(4 * i) & np.uint64(15)
+                assert (selector < 8).all()  # the mode that replicates signs is not used
+                result |= (both >> (selector * np.uint64(8)) & np.uint64(255)) << np.uint64(8 * i)
+        elif op == "shr.u32":
+            result = value(names[1]) >> value(names[2])
+        elif op == "and.b32":
+            result = value(names[1]) & value(names[2])
+        elif op == "lop3.b32":
+            assert names[4] == "0xea"
+            result = value(names[1]) & value(names[2]) | value(names[3])
+        else:
+            raise AssertionError(op)
+        registers[names[0]] = result.astype(np.uint32)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def test_table_rounds_better_than_dequantising():
+    """The bfloat16 table's error, weighted as the codes of Gaussian weights, is half of that of rounding products."""
+    _, packed, absmax, state = problem(256, 1024, 1, nested=False)
+    exact = nf4.nf4_dequantise_reference(packed, absmax, (256, 1024), torch.float64)
+    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * nf4.TABLE_SCALE).bfloat16().double() / nf4.TABLE_SCALE
+    codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1).view(-1, 64).int()
+    ours = (table[codes] * absmax.double()[:, None]).view(256, 1024)
+    theirs = bitsandbytes_weight(packed, state, torch.bfloat16)
+    assert relative_error(ours, exact) < 0.55 * relative_error(theirs, exact)
+
+
+def test_scales():
+    _, _, absmax, state = problem(70, 192, 1)
+    assert isinstance(absmax, NestedAbsmax)
+    assert absmax.quantised.data_ptr() == state.absmax.data_ptr()
+    from bitsandbytes.functional import dequantize_blockwise
+
+    expected = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    torch.testing.assert_close(nf4.expand_absmax(absmax), expected, rtol=1e-6, atol=0)
+    state.quant_type = "fp4"
+    with pytest.raises(ValueError, match="nf4"):
+        absmax_of(state)
+
+
+def test_tiles_cover_the_sum():
+    for rows in (1, 16, 17, 64, 65, 300):
+        for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 64)):
+            tiles = nf4.choose_tiles(rows, n, k, 132)
+            assert tiles.splits >= 1
+            groups = k // 64 // np.gcd(k // 64, tiles.group)
+            share = -(-groups // tiles.splits)
+            assert share * (tiles.splits - 1) < groups  # no program without work
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"x": a["x"][:, :-64]}, "x is"),
+        (lambda a: a | {"x": a["x"].double()}, "x is torch.float64"),
+        (lambda a: a | {"packed": a["packed"][:-1]}, "packed is"),
+        (lambda a: a | {"packed": a["packed"].view(torch.int8)}, "packed is"),
+        (lambda a: a | {"absmax": a["absmax"].quantised}, "absmax is"),
+        (lambda a: a | {"absmax": torch.ones(3)}, "absmax is"),
+        (lambda a: a | {"shape": (40, 100)}, "multiple of 64"),
+        (lambda a: a | {"bias": torch.ones(41)}, "bias is"),
+        (lambda a: a | {"x": a["x"].float(), "backend": "fused"}, "16-bit"),
+        (lambda a: a | {"backend": "cuda"}, "backend 'cuda'"),
+    ],
+)
+def test_refusals(change, message):
+    x, packed, absmax, _ = problem(40, 256, 3)
+    arguments = {"x": x, "packed": packed, "absmax": absmax, "shape": (40, 256)}
+    with pytest.raises(ValueError, match=message):
+        nf4_linear(**change(arguments))
