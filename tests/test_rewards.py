@@ -43,7 +43,7 @@ def wrapped(reasoning: str, answer: str) -> str:
 
 @pytest.fixture(scope="module")
 def sandbox():
-    with Sandbox(2) as pool:
+    with Sandbox(2, timeout_s=3) as pool:  # patient: on a busy machine a plain check must come to its end
         yield pool
 
 
@@ -360,14 +360,14 @@ HOW = ["raise", "exit", "hang", "sleep", "stubborn", "except", "regex", "nan", "
 @pytest.mark.parametrize("how", HOW)
 def test_a_failing_sample_is_lost_alone_and_recorded(how):
     completions = ["x", "yy", "bad", "zzz"]
-    scores = score({"fine": lengths_of, "r": fails_on_bad(how)}, completions, list("abcd"), timeout_s=0.2)
+    scores = score({"fine": lengths_of, "r": fails_on_bad(how)}, completions, list("abcd"), timeout_s=0.3)
     assert scores.by_function["r"] == [1, 2, None, 3]
     assert scores.by_function["fine"] == [1, 2, 3, 3]
     assert scores.total == [2, 4, None, 6]
     (failure,) = scores.failures
     assert (failure.function, failure.sample, failure.completion, failure.gold) == ("r", 2, "bad", "c")
     if how in ("hang", "sleep", "stubborn", "except", "regex"):
-        assert failure.error == "RewardTimeout: took more than 0.2 s"
+        assert failure.error == "RewardTimeout: took more than 0.3 s"
     assert "Traceback" in failure.traceback or how == "error"
     assert reward_metrics(scores)["reward_failed"] == 0.25
 
@@ -508,7 +508,7 @@ def test_isolated_reward_of_a_recipe_file(tmp_path, sandbox):
     scores = score({"r": reward}, ["x", "hang", "raise", "zz"], [""] * 4, questions=["", "", "", "q"])
     assert scores.total == [1, None, None, 3]
     assert [f.sample for f in scores.failures] == [1, 2]
-    assert "took more than 0.9 s" in scores.failures[0].error
+    assert "took more than 3 s" in scores.failures[0].error
     assert "KeyError: 'mine'" in scores.failures[1].error
     with pytest.raises(ValueError, match=r"returned \[1.0, 2.0\] for one completion"):
         score({"r": isolated(f"{path}:two", sandbox)}, ["x"], [""])

@@ -99,8 +99,11 @@ def test_workers_see_neither_secrets_nor_gpus(behave, monkeypatch):
 def test_time_used_up_skips_the_rest(behave):
     with Sandbox(1, timeout_s=0.5, budget_s=0.7) as pool:
         outcomes = pool.map(behave, [["return", 1], *[["spin", 0]] * 2, *[["return", 2]] * 3])
-    assert [o.value for o in outcomes] == [1, None, None, None, None, None]
-    assert [o.skipped for o in outcomes] == [False, False, False, True, True, True]
+    assert [o.skipped for o in outcomes] == sorted(o.skipped for o in outcomes)
+    assert not outcomes[0].skipped
+    assert outcomes[-1].skipped
+    assert outcomes[-1].error == "not run: the batch had taken 0.7 s"
+    assert all(o.value is None for o in outcomes if o.skipped)
 
 
 def test_one_pool_serves_several_functions_and_closes(sandbox, behave):
@@ -197,20 +200,36 @@ def test_settings_must_be_positive(wrong):
         ("x=17=18", "18", False),
         ("1,2,3,4", "1,2", False),
         (r"x \in \mathbb{R}", "(1,2)", False),
-        # too much for any second
-        ("10^10^10", "18", False),
-        ("10^{10^{10}}", "18", False),
-        ("1000000!", "18", False),
-        (r"\binom{10^9}{10^8}", r"\sqrt{2}", False),
-        (r"\int_0^{\infty} e^{-x^{x^x}} dx", r"\sqrt{2}", False),
-        ("(" * 400, "18", False),
-        (r"\frac{1}{" * 100 + "0" + "}" * 100, "18", False),
-        ("__import__('os').system('true')", "18", False),
     ],
 )
-def test_symbolic_equality(sandbox, answer, gold, expected):
-    outcome = sandbox.map("grpo.symbolic:symbolic_equal", [[answer, gold]])[0]
-    assert (outcome.value is True) == expected
+def test_symbolic_equality(patient_sandbox, answer, gold, expected):
+    outcome = patient_sandbox.map("grpo.symbolic:symbolic_equal", [[answer, gold]])[0]
+    assert outcome.error == ""
+    assert outcome.value is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("10^10^10", "18"),
+        ("10^{10^{10}}", "18"),
+        ("1000000!", "18"),
+        (r"\binom{10^9}{10^8}", r"\sqrt{2}"),
+        (r"\int_0^{\infty} e^{-x^{x^x}} dx", r"\sqrt{2}"),
+        ("(" * 400, "18"),
+        (r"\frac{1}{" * 100 + "0" + "}" * 100, "18"),
+        ("__import__('os').system('true')", "18"),
+    ],
+)
+def test_what_takes_too_much_is_not_equal(strict_sandbox, answer, gold):
+    assert strict_sandbox.map("grpo.symbolic:symbolic_equal", [[answer, gold]])[0].value is not True
+
+
+@pytest.fixture(scope="module")
+def patient_sandbox():
+    """For results that must come, on a busy machine too."""
+    with Sandbox(1, timeout_s=20) as pool:
+        yield pool
 
 
 _PIECES = [
