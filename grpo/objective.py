@@ -241,7 +241,8 @@ def policy_loss(
 
 def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None = None) -> dict[str, float]:
     """A step's metrics from those of its micro-batches, and of all ranks: sums, but maxima of names ending in
-    '_max'. Waits for the device once. Every rank must call it; one without micro-batches brings an empty list."""
+    '_max'. Waits for the device once. Every rank must call it; one without micro-batches brings an empty list.
+    A step without any has the loss 0 and no other metric."""
     rows: list[dict[str, float]] = []
     if metrics:
         names = list(metrics[0])
@@ -251,8 +252,8 @@ def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None =
         of_ranks: list[list[dict[str, float]]] = [[]] * world.size
         dist.all_gather_object(of_ranks, rows)
         rows = [row for of_rank in of_ranks for row in of_rank]
-    if not rows:
-        raise ValueError("metrics is empty: the step had no micro-batch on any rank")
+    if not rows:  # nothing counted in the step, as when --drop-zero-variance drops every group
+        return {"loss": 0.0}
     return {name: (max if name.endswith("_max") else sum)(row[name] for row in rows) for name in rows[0]}
 
 
