@@ -36,22 +36,22 @@ CHAT_TEMPLATE = (
 def write_model(folder, architecture: str = "llama", *, seed: int = 0, **settings):
     """A random model of the architecture as a transformers folder: hidden 64, 2 layers, 64 words, fp32."""
     torch.manual_seed(seed)
-    config = ARCHITECTURES[architecture](
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=settings.pop("head_dim", 16),
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.2,  # peaked enough that a wrong position or mask shows
-        **settings,
-    )
+    defaults = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,  # peaked enough that a wrong position or mask shows
+    }
+    config = ARCHITECTURES[architecture](**(defaults | settings))
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     model.generation_config.eos_token_id = [2, 3]
     model.save_pretrained(folder)

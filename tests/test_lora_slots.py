@@ -13,7 +13,7 @@ FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj
 
 def peft_model(folder, **settings):
     base = AutoModelForCausalLM.from_pretrained(folder)
-    defaults = dict(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    defaults = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = get_peft_model(base, LoraConfig(**(defaults | settings)))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -24,12 +24,12 @@ def peft_model(folder, **settings):
 
 def room(base, rank: int, dtype=torch.float32) -> dict[str, Slot]:
     """A slot for every linear layer, filled with rubbish where the rank reaches."""
+    linears = {n.removesuffix(".base_layer"): m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
     return {
-        name: Slot(torch.full((rank, m.in_features), 7.0, dtype=dtype), torch.full((m.out_features, rank), 7.0, dtype=dtype))
-        for name, m in base.named_modules()
-        if isinstance(m, torch.nn.Linear) and "lora" not in name
-        for name in [name.removesuffix(".base_layer")]
-    }  # fmt: skip
+        name: Slot(torch.full((rank, m.in_features), 7.0).to(dtype), torch.full((m.out_features, rank), 7.0).to(dtype))
+        for name, m in linears.items()
+        if "lora" not in name
+    }
 
 
 def test_slices_of_fused_and_plain_modules():

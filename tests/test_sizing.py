@@ -11,9 +11,13 @@ LLAMA_8B = Dims(layers=32, hidden=4096, intermediate=14336, kv_heads=8, head_dim
 
 
 def sizes(**changes):
-    arguments = dict(
-        total_bytes=80 * GIB, free_bytes=73 * GIB, max_prompt_tokens=256, max_completion_tokens=256, sequences=8
-    )
+    arguments = {
+        "total_bytes": 80 * GIB,
+        "free_bytes": 73 * GIB,
+        "max_prompt_tokens": 256,
+        "max_completion_tokens": 256,
+        "sequences": 8,
+    }
     return engine_sizes(LLAMA_8B, **(arguments | changes))
 
 
@@ -68,11 +72,11 @@ def test_work_grows_with_tokens_and_sequences():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(budget_bytes=8 * GIB), "--gpu-memory-gb"),
-        (dict(max_completion_tokens=10_000_000), "--max-completion-tokens"),
-        (dict(budget_bytes=81 * GIB), "more than the card has"),
-        (dict(sequences=0), "sequences"),
-        (dict(max_prompt_tokens=0), "max_prompt_tokens"),
+        ({"budget_bytes": 8 * GIB}, "--gpu-memory-gb"),
+        ({"max_completion_tokens": 10_000_000}, "--max-completion-tokens"),
+        ({"budget_bytes": 81 * GIB}, "more than the card has"),
+        ({"sequences": 0}, "sequences"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
     ],
 )
 def test_refusals_name_the_flag(changes, named):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from grpo_kernels.nf4_linear import nf4_linear
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
@@ -63,6 +64,8 @@ class VLLMEngine:
     kv_cache_dtype: "auto" is the model's, "fp8" halves the KV cache.
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
+    fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once; else, as bitsandbytes does,
+    dequantise each to memory first.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
@@ -83,6 +86,7 @@ class VLLMEngine:
         kv_cache_dtype: str = "auto",
         prefix_caching: bool = True,
         dequantize: bool = False,
+        fused_nf4: bool = True,
         cuda_graphs: bool = True,
         sleep: bool = True,
         check_every: int = 20,
@@ -127,7 +131,7 @@ class VLLMEngine:
             cuda_graphs=cuda_graphs and on_gpu,
         )
         vllm = _import_vllm()
-        _register(base, joined, dequantize)
+        _register(base, joined, dequantize, fused_nf4)
         parallel = {}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
@@ -213,6 +217,17 @@ class VLLMEngine:
             if self._sleeps:
                 self._sleep()
         return [_completion(o.outputs[0]) for o in outputs]
+
+    def close(self) -> None:
+        """Give the engine's memory back; the trainer's weights stay. Another engine may be made then."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._wake()
+        self.llm.llm_engine.engine_core.shutdown()
+        self._moves = []
+        del self.llm
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            cleanup_dist_env_and_memory()
 
     def check(self, ids: Sequence[int]) -> float:
         """Compare sampler and trainer on the tokens of `ids` (at least 2), and the adapter's buffers exactly.
@@ -369,7 +384,7 @@ class _Joined:
         return self.made[tuple(names)], torch.cat(biases) if biases else None
 
 
-def _register(base: Any, joined: _Joined, dequantize: bool) -> None:
+def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> None:
     """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -427,7 +442,7 @@ def _register(base: Any, joined: _Joined, dequantize: bool) -> None:
             pass
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize)
+            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4)
 
     if base.get_input_embeddings().weight.device.type == "cuda":
         from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
@@ -437,7 +452,9 @@ def _register(base: Any, joined: _Joined, dequantize: bool) -> None:
     register_model_loader(METHOD)(SharedLoader)
 
 
-def _hand_over(base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool) -> None:
+def _hand_over(
+    base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool, fused_nf4: bool
+) -> None:
     """Make every parameter of vLLM's model the trainer's tensor."""
     tensors = {
         ".".join(p for p in n.split(".") if p != "base_layer"): t
@@ -458,7 +475,7 @@ def _hand_over(base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: tor
             first = weights[0]
             storage = first.packed if isinstance(first, Quantized) else first.weight
             module.weight = nn.Parameter(storage, requires_grad=False)
-            module.shared = [_product(w) for w in weights]
+            module.shared = [_product(w, fused_nf4) for w in weights]
             if bias is not None:
                 module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             continue
@@ -475,25 +492,14 @@ def _hand_over(base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: tor
         raise ValueError(f"vLLM's model has no layer for the trainer's {sorted(left)[0]}")
 
 
-def _product(weight: Quantized | Dense) -> Callable[[torch.Tensor], torch.Tensor]:
+def _product(weight: Quantized | Dense, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x [tokens, cols] -> x W^T [tokens, rows]."""
     if isinstance(weight, Dense):
         return lambda x: nn.functional.linear(x, weight.weight)
     packed, absmax, rows, cols, blocksize, quant_type = weight
-    return lambda x: torch.ops.grpo_rollout.linear_4bit(x, packed, absmax, rows, cols, blocksize, quant_type)
-
-
-@torch.library.custom_op("grpo_rollout::linear_4bit", mutates_args=())
-def linear_4bit(
-    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, blocksize: int, quant_type: str
-) -> torch.Tensor:
-    """[tokens, cols] -> [tokens, rows]: x W^T for a 4-bit W, opaque to torch.compile."""
-    weight = Quantized(packed, absmax, rows, cols, blocksize, quant_type)
-    return nn.functional.linear(x, dequantized(weight, x.dtype))
-
-
-@linear_4bit.register_fake
-def _(x: Any, packed: Any, absmax: Any, rows: int, cols: int, blocksize: int, quant_type: str) -> torch.Tensor:
-    return x.new_empty(x.shape[0], rows)
+    if fused and packed.device.type == "cuda" and quant_type == "nf4" and blocksize == 64 and cols % 64 == 0:
+        return lambda x: nf4_linear(x, packed, absmax, (rows, cols))
+    return lambda x: nn.functional.linear(x, dequantized(weight, x.dtype))
 
 
 class KVCacheOnly:
