@@ -7,11 +7,13 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 from grpo.distributed import World
 from grpo.run import Run, start_run
@@ -67,41 +69,79 @@ def train(args: Args, *, world: World | None = None, pause: float = 0.0, at_step
     return run
 
 
-def killed_often(directory: Path, kills: int, seed: int) -> None:
-    """Run the loop in child processes, SIGKILL each at a random moment, resume, and let the last one end.
+def killed_often(begin: Callable[[list[str]], None], directory: Path, kills: int, seed: int, start: float) -> None:
+    """Run `begin` in child processes, SIGKILL each at a random moment, resume, and let the last one end.
 
-    Children are forked, so that each is at work at once; each takes the run's lock, files and generators anew. A
-    moment is a number of steps and some milliseconds after it; after no step it may fall into the start, too."""
+    begin: given ["--run-dir", directory] or ["--resume", directory], runs to the end. Children are forked, so that
+    each is at work at once; each takes the run's lock, files and generators anew. A moment is a number of lines logged
+    and some milliseconds after it; before the first line, anywhere in the first `start` seconds."""
     moments = random.Random(seed)
-    resumed_from = []
-    train(Args(run_dir=directory.with_name("warm-up"), steps=2))  # what is imported late is so once, not in each child
+    left = []
     for attempt in range(kills + 1):
-        begun, begin = os.pipe()
+        lines, logged = os.pipe()
         child = os.fork()
         if child == 0:
-            fresh = not directory.exists()
-            args = Args(steps=150, save_every=3, **({"run_dir": directory} if fresh else {"resume": directory}))
-            run = train(args, pause=0.02, at_step=lambda run, step, pipe=begin: os.write(pipe, b"."))
-            os.write(1, f"finished after resuming from {run.start_step}\n".encode())
+            announce_lines(logged)
+            begin(["--resume" if directory.exists() else "--run-dir", str(directory)])
             os._exit(0)
+        os.close(logged)  # so that a child that fails is not waited for
         if attempt < kills:
-            steps = moments.randint(0, 6)
-            for _ in range(steps):
-                os.read(begun, 1)
-            time.sleep(moments.uniform(0.0, 0.04 if steps else 0.3))
+            count = moments.randint(0, 7)
+            for _ in range(count):
+                os.read(lines, 1)
+            time.sleep(moments.uniform(0.0, 0.04 if count else start))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        os.close(begun)
-        os.close(begin)
+        os.close(lines)
         if attempt < kills:
             assert os.WIFSIGNALED(status), "the child ended before it was killed"
             saved = sorted(directory.glob("checkpoints/step-*"))
-            resumed_from.append(int(saved[-1].name[-6:]) if saved else 0)
+            left.append(int(saved[-1].name[-6:]) if saved else 0)
         else:
             assert status == 0, status
-    assert len(set(resumed_from)) > 5, resumed_from
-    print(f"killed {kills} times, leaving checkpoints of steps {resumed_from}")
+    assert len(set(left)) > kills // 4, f"the run did not get on: checkpoints of steps {left}"
+    print(f"killed {kills} times, leaving checkpoints of steps {left}")
+
+
+def announce_lines(pipe: int) -> None:
+    """Have every `Run.log` of this process write a byte to the pipe when it is done."""
+    genuine = Run.log
+
+    def log(run: Run, step: int, metrics: dict) -> None:
+        genuine(run, step, metrics)
+        os.write(pipe, b".")
+
+    Run.log = log  # type: ignore[method-assign]
+
+
+def stub(directory: list[str]) -> None:
+    train(tyro.cli(Args, args=["--steps", "150", "--save-every", "3", *directory]), pause=0.02)
+
+
+def recipe(directory: list[str]) -> None:
+    """quickstart_grpo.py on a random model that lies beside the run, with a reward that such a model can get."""
+    import quickstart_grpo
+
+    quickstart_grpo.correct = lambda completions, golds: [float(len(c) % 2) for c in completions]
+    flags = {
+        "model": Path(directory[1]).with_name("model"), "steps": 40, "save-every": 2, "eval-every": 5,
+        "eval-questions": 2, "prompts-per-step": 2, "group-size": 2, "max-completion-tokens": 6, "lora-rank": 2,
+        "engine": "torch",
+    }  # fmt: skip
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    quickstart_grpo.main(tyro.cli(quickstart_grpo.Args, args=[*argv, *directory]))
 
 
 if __name__ == "__main__":
-    killed_often(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    run = {"stub": stub, "recipe": recipe}[sys.argv[1]]
+    directory, kills, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    if run is recipe:
+        sys.path.insert(0, str(RECIPE.parent.parent / "recipes"))
+        import quickstart_grpo  # noqa: F401
+    if kills:
+        # What is imported late is so once, not in each child: the kills would hit nothing else.
+        train(Args(run_dir=directory.with_name("warm-up"), steps=2))
+        killed_often(run, directory, kills, seed, start=0.3 if run is stub else 2.0)
+    else:
+        run(["--run-dir", str(directory)])

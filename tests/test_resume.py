@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_model
 from run_driver import Args, train
 
 from grpo.run import read_metrics, strip_times
@@ -33,13 +34,24 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(uninterrupted, tmp_pa
     assert outcome(tmp_path / "other")[:2] != uninterrupted[:2]
 
 
-def test_twenty_sigkills(tmp_path):
-    train(Args(run_dir=tmp_path / "whole", steps=150, save_every=3))
-    command = [sys.executable, str(Path(__file__).with_name("run_driver.py")), str(tmp_path / "killed"), "20", "7"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def drive(what: str, directory: Path, kills: int) -> str:
+    """Run tests/run_driver.py as a program."""
+    command = [sys.executable, str(Path(__file__).with_name("run_driver.py")), what, str(directory), str(kills), "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "killed 20 times" in result.stdout
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    return result.stdout
+
+
+@pytest.mark.parametrize(("what", "kills"), [("stub", 20), ("recipe", 6)])
+def test_sigkills_at_random_moments(what, kills, tmp_path):
+    if what == "recipe":
+        write_model(tmp_path / "model")
+    drive(what, tmp_path / "whole", 0)
+    assert f"killed {kills} times" in drive(what, tmp_path / "killed", kills)
+    lines, adapter, completions = outcome(tmp_path / "killed")
+    assert (lines, adapter, completions) == outcome(tmp_path / "whole")
+    assert len({line["reward"] for line in lines if "reward" in line}) > 1
     assert not list((tmp_path / "killed").rglob("*tmp*"))
 
 
