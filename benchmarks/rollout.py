@@ -6,9 +6,11 @@ python benchmarks/rollout.py MODEL --two-copies                     # what vLLM'
 """
 
 import contextlib
+import itertools
 import random
 import statistics
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,8 +18,13 @@ from typing import Annotated
 import torch
 import tyro
 
-from grpo.models import load_policy
+from grpo.advantages import group_advantages
+from grpo.batch import micro_batches
+from grpo.logprobs import causal_lm, completion_logps
+from grpo.models import load_policy, trainable_parameters
+from grpo.objective import Objective, policy_loss
 from grpo_rollout.engine import Sampling
+from grpo_rollout.torch_engine import dequantized
 from grpo_rollout.vllm_engine import VLLMEngine
 
 GIB = 1 << 30
@@ -41,15 +48,40 @@ class Args:
     """decode with 16-bit weights"""
     two_copies: bool = False
     """only load vLLM with weights of its own beside the trainer's, and measure the memory"""
+    micro_batch_tokens: int = 4096
+    """prompt and completion tokens of a training micro-batch"""
+    reference: bool = False
+    """compare sampler and trainer with an fp32 forward pass too (needs 40 GB for 8B)"""
     profile: bool = False
     """list the kernels of 16 decode steps"""
+    fused_nf4: bool = True
+    """our product on 4-bit weights; else bitsandbytes' way"""
     repeats: int = 3
     """calls of generate that are timed"""
+    steps: int = 5
+    """whole GRPO steps"""
 
 
 def used() -> float:
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
+
+
+class Peak(threading.Thread):
+    """The most of the card that is in use at any moment within a block, every allocator's memory included."""
+
+    def __enter__(self) -> "Peak":
+        self.most, self.ended = used(), threading.Event()
+        self.start()
+        return self
+
+    def run(self) -> None:
+        while not self.ended.wait(0.003):
+            self.most = max(self.most, used())
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.join()
 
 
 def timed(run, repeats: int) -> float:
@@ -83,6 +115,23 @@ def perturb(model, scale: float, seed: int) -> None:
             parameter.data.normal_(0, scale)
 
 
+@torch.no_grad()
+def logps(model, prompt, completions, dtype=torch.bfloat16) -> list[torch.Tensor]:
+    """The model's log-probabilities of each completion's tokens, nats."""
+    out = []
+    for c in completions:
+        ids = torch.tensor([prompt + c.token_ids], device="cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        out.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+    return out
+
+
+def report_gaps(what: str, a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    gap = (torch.cat(a) - torch.cat(b)).abs()
+    print(f"|logp {what}|: mean {gap.mean():.2e}, max {gap.max():.2e} nats, {len(gap)} tokens", flush=True)
+
+
 def main(args: Args) -> None:
     start = time.perf_counter()
     torch.cuda.init()
@@ -107,7 +156,8 @@ def main(args: Args) -> None:
     engine = VLLMEngine(
         model, eos_ids=[model.config.vocab_size - 1], max_prompt_tokens=args.prompt_tokens,
         max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gb=args.gpu_memory_gb,
-        dequantize=args.dequantize, tolerance=0.3,
+        dequantize=args.dequantize, fused_nf4=args.fused_nf4,
+        tolerance=0.3,  # random weights amplify the rounding of bf16: see the fp32 reference below
     )  # fmt: skip
     made = time.perf_counter() - begin
     print(f"engine made: {made:.1f} s, {used():.2f} GiB in use asleep; {engine.sizes}", flush=True)
@@ -135,16 +185,9 @@ def main(args: Args) -> None:
         print("same seed, same tokens:", [c.token_ids for c in again] == [c.token_ids for c in completions])
 
     with stage("agreement"):
-        gaps = []
-        for c in completions:
-            ids = torch.tensor([prompt + c.token_ids], device="cuda")
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            trainer = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
-            gaps.append((trainer - torch.tensor(c.logps)).abs())
-        gap = torch.cat(gaps)
-        print(f"|logp sampler - logp trainer|: mean {gap.mean():.2e}, max {gap.max():.2e} nats, {len(gap)} tokens")
-        del logits
+        report_gaps(
+            "sampler - trainer", [torch.tensor(c.logps) for c in completions], logps(model, prompt, completions)
+        )
 
     with stage("sync"):
         in_place = timed(lambda: engine.sync(model), 20)
@@ -159,13 +202,56 @@ def main(args: Args) -> None:
             print(f"a stale adapter is noticed: {error}")
         engine.sync(model)
 
-    with stage("training memory"):
+    with stage("memory"):
         torch.cuda.empty_cache()
         asleep = used()
-        engine._wake()
-        awake = used()
-        engine._sleep()
+        with engine._awake():
+            awake = used()
         print(f"in use: asleep {asleep:.2f}, awake {awake:.2f} GiB (KV cache {engine.sizes.kv_cache_bytes / GIB:.2f})")
+        with Peak() as peak:
+            engine.generate([prompt], args.group_size, sampling, seed=0)
+        print(f"peak of generate: {peak.most:.2f} GiB of the card", flush=True)
+
+    with stage("steps"):
+        parameters = trainable_parameters(model)
+        optimizer = torch.optim.AdamW(parameters, lr=5e-6)
+        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for step in range(args.steps):
+            torch.cuda.synchronize()
+            marks = [time.perf_counter()]
+            with Peak() as peak:
+                sampled = engine.generate([prompt], args.group_size, sampling, seed=step)
+                marks.append(time.perf_counter())
+                advantages = group_advantages(torch.rand(args.group_size), args.group_size)
+                ids = [c.token_ids for c in sampled]
+                micros = micro_batches(
+                    [prompt] * len(ids), ids, [c.logps for c in sampled], advantages,
+                    max_tokens=args.micro_batch_tokens, pad_id=0, device="cuda",
+                )  # fmt: skip
+                gap = 0.0
+                for micro in micros:
+                    new, _ = completion_logps(model, micro)
+                    loss, _ = policy_loss(
+                        new, None, micro.advantages, micro.mask, Objective(), sampler_logps=micro.sampler_logps,
+                        token_count=sum(map(len, ids)), sequence_count=len(ids),
+                        max_completion_length=args.completion_tokens,
+                    )  # fmt: skip
+                    loss.backward()
+                    gap += float(((new.detach() - micro.sampler_logps).abs() * micro.mask).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+                torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+                engine.sync(model)
+                marks.append(time.perf_counter())
+            generate, train, sync = (b - a for a, b in itertools.pairwise(marks))
+            print(
+                f"step {step}: {marks[-1] - marks[0]:.2f} s = generate {generate:.2f} (check "
+                f"{engine.seconds['check']:.2f} in the first five) + train {train:.2f} + sync {sync:.4f}; peak "
+                f"{peak.most:.2f} GiB of the card; gap {gap / sum(map(len, ids)):.2e} nats", flush=True,
+            )  # fmt: skip
+        engine.check(prompt)  # the last sync took the trained adapter
+        completions = engine.generate([prompt], args.group_size, sampling, seed=99)
 
     if args.profile:
         with stage("profile"):
@@ -175,7 +261,7 @@ def main(args: Args) -> None:
             print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
 
     with stage("folder"), tempfile.TemporaryDirectory() as folder:
-        engine._wake()
+        engine.llm.wake_up()
 
         def through_folder() -> None:
             model.save_pretrained(folder)
@@ -184,6 +270,14 @@ def main(args: Args) -> None:
 
         engine.llm.llm_engine.remove_lora(1)
         print(f"sync through an adapter folder: {1e3 * timed(through_folder, 3):.0f} ms")
+
+    if args.reference:  # last: it changes the model
+        with stage("fp32 reference"), torch.no_grad():
+            bf16 = logps(model, prompt, completions)
+            exact_model = dequantized(model).float()
+            exact = logps(exact_model, prompt, completions, dtype=torch.float32)
+            report_gaps("sampler - fp32", [torch.tensor(c.logps) for c in completions], exact)
+            report_gaps("trainer - fp32", bf16, exact)
 
 
 if __name__ == "__main__":

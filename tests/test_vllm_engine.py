@@ -60,7 +60,7 @@ def folder_of(kind: str, path) -> str:
     """Tiny models: separate and fused projections, biases, a checkpoint that leaves some layers in 16 bits."""
     if kind == "qwen2":
         return str(
-            write_model(path, kind, hidden_size=128, tie_word_embeddings=True)
+            write_model(path, kind, hidden_size=128, head_dim=32, tie_word_embeddings=True)
         )  # biases on q, k, v; head size 32
     if kind == "phi3":
         return str(write_model(path, kind, head_dim=32))  # fused by itself

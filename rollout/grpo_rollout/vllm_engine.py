@@ -171,10 +171,9 @@ class VLLMEngine:
         self._request = vllm.lora.request.LoRARequest("policy", ADAPTER_ID, "in memory")
         self._moves = plan(self.llm.apply_model(_open_slot(rank))[0], sources)
         self._syncs = self._calls = 0
-        self._sleeps = sleep and on_gpu
         self._asleep = False
         self.sync(model)
-        if self._sleeps:
+        if sleep and on_gpu:
             self._sleep()
 
     def sync(self, model: nn.Module) -> None:
@@ -205,24 +204,21 @@ class VLLMEngine:
                     f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
                     f"the {self.sizes.max_model_len} the engine was made for; raise --max-prompt-tokens"
                 )
-        self._wake()
-        try:
+        with self._awake():
             if self.check_every and (self._calls < 5 or self._calls % self.check_every == 0):
                 self.check(prompts[0][:128])
             self._calls += 1
             with self._timed("generate"):
                 requests = [p for p in prompts for _ in range(group_size)]
                 outputs = self._run(requests, [self._sampling(sampling, seed, i) for i in range(len(requests))])
-        finally:
-            if self._sleeps:
-                self._sleep()
         return [_completion(o.outputs[0]) for o in outputs]
 
     def close(self) -> None:
         """Give the engine's memory back; the trainer's weights stay. Another engine may be made then."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._wake()
+        if self._asleep:
+            self.llm.wake_up()
         self.llm.llm_engine.engine_core.shutdown()
         self._moves = []
         del self.llm
@@ -233,7 +229,7 @@ class VLLMEngine:
         """Compare sampler and trainer on the tokens of `ids` (at least 2), and the adapter's buffers exactly.
 
         Returns the mean |difference| of the log-probabilities, nats. Raises SyncError where either differs."""
-        with self._timed("check"):
+        with self._awake(), self._timed("check"):
             wrong = stale(self._moves)
             if wrong:
                 raise SyncError(
@@ -281,12 +277,20 @@ class VLLMEngine:
         tokens = [{"prompt_token_ids": list(p)} for p in prompts]
         return self.llm.generate(tokens, params, use_tqdm=False, lora_request=self._request)
 
-    def _wake(self) -> None:
-        if self._asleep:
-            with self._timed("wake"):
-                torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
-                self.llm.wake_up()
-            self._asleep = False
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Within it the KV cache has its memory."""
+        if not self._asleep:
+            yield
+            return
+        with self._timed("wake"):
+            torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
+            self.llm.wake_up()
+        self._asleep = False
+        try:
+            yield
+        finally:
+            self._sleep()
 
     def _sleep(self) -> None:
         with self._timed("sleep"):
