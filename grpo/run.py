@@ -306,7 +306,7 @@ class Run:
         known = record.setdefault("inputs", {})
         for name, value in inputs.items():
             found = fingerprint(value)
-            if known.setdefault(name, found) != found:
+            if known.setdefault(name, found)["sha256"] != found["sha256"]:  # it may have moved
                 raise ValueError(
                     f"--resume {self.directory}: {name} has changed since the run began ({known[name]['sha256'][:12]} "
                     f"then, {found['sha256'][:12]} now); restore it, or start a new run"

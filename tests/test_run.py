@@ -186,7 +186,10 @@ def test_inputs_are_fingerprinted_and_must_not_change(tmp_path):
     assert fingerprint([("q", "1"), ("r", "2")]) != fingerprint([("q", "1"), ("r", "3")])
     run._close()
     run = start_run(Args(resume=tmp_path / "run"), recipe=RECIPE)
-    run.record_inputs(train=[("q", "1"), ("r", "2")], file=data)
+    moved = tmp_path / "elsewhere" / data.name
+    moved.parent.mkdir()
+    moved.write_text("a\n")
+    run.record_inputs(train=[("q", "1"), ("r", "2")], file=moved)
     data.write_text("b\n")
     with pytest.raises(ValueError, match="file has changed since the run began"):
         run.record_inputs(file=data)
