@@ -55,6 +55,8 @@ class Args:
     """times of many tile sizes instead"""
     chunks: bool = False
     """times of chunk sizes instead"""
+    expanded: bool = False
+    """scales expanded to float32 for ours, instead of double-quantised"""
     replays: int = 20
     """replays of each graph"""
     best: int = 6
@@ -67,10 +69,11 @@ class Args:
 class Weight:
     shape: tuple[int, int]
     packed: Tensor
-    absmax: nf4.NestedAbsmax
+    absmax: nf4.NestedAbsmax | Tensor
 
     def bytes(self) -> int:
-        return self.packed.numel() + self.absmax.quantised.numel()
+        nested = isinstance(self.absmax, nf4.NestedAbsmax)
+        return self.packed.numel() + (self.absmax.quantised.numel() if nested else 4 * self.absmax.numel())
 
     def state(self):
         """As bitsandbytes' QuantState."""
@@ -128,6 +131,9 @@ def table(args: Args) -> None:
     layers = args.layers or layers
     weights = [random_weight(shape) for _ in range(layers) for shape in shapes]
     states = [w.state() for w in weights] if bnb else []
+    if args.expanded:
+        for w in weights:
+            w.absmax = nf4.expand_absmax(w.absmax)
     packed_bytes = sum(w.bytes() for w in weights)
     count = sum(n * k for n, k in shapes) * layers
     plain = [torch.empty(w.shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02) for w in weights]
@@ -143,7 +149,7 @@ def table(args: Args) -> None:
                 nf4.nf4_linear(x[w.shape[1]], w.packed, w.absmax, w.shape, backend=backend) for w in weights
             ]
 
-        path = nf4._choose(next(iter(x.values())), rows)
+        path = nf4._choose(next(iter(x.values())), rows, 4096)
         ms = replay_ms(ours(None), args.replays)
         chunks = replay_ms(ours("dequantise"), 5)
         theirs = float("nan")
@@ -190,21 +196,22 @@ def candidates(rows: int) -> list[nf4.Tiles]:
     """Tiles to try; splits are filled in for each shape."""
     # n, rows, warps, stages, group, wide
     if rows <= 16:
-        found = [(64, 16, 4, s, 4, wide) for s in (2, 3, 4) for wide in (True, False)]
-        found += [(128, 16, 4, 3, 4, True), (128, 16, 8, 3, 4, True), (64, 8, 4, 3, 4, True), (64, 16, 4, 4, 2, True)]
+        found = [(64, 16, 4, s, 4, True) for s in (2, 4)]
+        found += [(128, 16, 8, 4, 4, True), (128, 16, 4, 2, 4, True), (64, 8, 4, 2, 4, True), (64, 16, 4, 3, 2, True)]
     elif rows <= 32:
-        found = [(64, 32, 4, 2, 4, True), (64, 32, 4, 3, 4, True), (128, 32, 8, 3, 4, True), (64, 32, 4, 4, 2, True)]
+        found = [(64, 32, 4, 3, 4, True), (128, 32, 8, 3, 4, True), (64, 32, 4, 3, 2, True)]
     elif rows <= 64:
-        found = [(64, 64, 4, 2, 4, True), (64, 64, 4, 3, 4, True), (128, 64, 8, 2, 4, True), (128, 64, 8, 3, 4, True)]
+        found = [(64, 64, 4, 2, 4, True), (128, 64, 8, 2, 4, True), (128, 64, 8, 3, 4, True)]
         found += [(64, 64, 4, 4, 2, True), (128, 64, 8, 4, 2, True), (128, 64, 4, 3, 2, True)]
     else:
         found = [(128, 128, 8, 2, 4, True), (128, 128, 8, 3, 2, True), (128, 128, 8, 4, 2, True)]
         found += [
             (64, 128, 4, 3, 2, True),
+            (64, 128, 4, 2, 2, True),
             (128, 64, 8, 3, 2, True),
-            (128, 64, 4, 3, 2, True),
             (64, 256, 8, 2, 2, True),
         ]
+        found += [(64, 64, 4, 3, 2, True), (64, 64, 4, 2, 4, True)]
     return [nf4.Tiles(n, r, 1, w, s, group, wide) for n, r, w, s, group, wide in found]
 
 

@@ -1,4 +1,4 @@
-"""The NF4 matrix product on the CPU: bitsandbytes as the oracle, the kernels under the interpreter, the PTX executed."""
+"""The NF4 matrix product on the CPU: bitsandbytes as oracle, the kernels under the interpreter, the PTX executed."""
 
 import re
 
@@ -53,7 +53,7 @@ def test_dequantise_kernel_is_the_reference(nested, dtype):
         out = torch.full(expected[rows, columns].shape, float("nan"), dtype=dtype)
         assert nf4.nf4_dequantise(packed, absmax, (37, 320), dtype, rows=rows, columns=columns, out=out) is out
         torch.testing.assert_close(out, expected[rows, columns], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
-        assert (out == expected[rows, columns]).float().mean() > (0.95 if nested else 1 - 1e-9)
+        assert (out == expected[rows, columns]).float().mean() >= (0.95 if nested else 1)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -62,8 +62,8 @@ def test_dequantise_kernel_is_the_reference(nested, dtype):
     ("n", "k", "rows", "tiles"),
     [
         (96, 512, 1, Tiles(64, 16, 1, 4, 2)),  # N is no multiple of the tile; 4 blocks a step
-        (65, 384, 17, Tiles(64, 16, 1, 4, 2)),  # two tiles of rows; 2 blocks a step
-        (130, 192, 5, Tiles(128, 8, 1, 4, 2)),  # 1 block a step
+        (65, 768, 17, Tiles(64, 16, 1, 4, 2, group=2)),  # two tiles of rows; 2 blocks a step
+        (130, 256, 5, Tiles(128, 8, 1, 4, 2, wide=False)),
         (40, 1280, 33, Tiles(64, 64, 1, 4, 2)),  # splits of unequal length
     ],
     ids=str,
@@ -115,40 +115,36 @@ def test_any_strides_and_leading_axes(backend):
 
 @pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
 def test_gradient(backend, monkeypatch):
-    monkeypatch.setattr(nf4, "CHUNK_BYTES", 64 * 40 * 2)  # several chunks
-    x, packed, absmax, _ = problem(40, 256, 9)
-    bias = torch.randn(40).half()
-    upstream = torch.randn(9, 40).half()
+    monkeypatch.setattr(nf4, "CHUNK_BYTES", 1)  # the smallest chunks: 256 rows, 256 columns
+    n, k = 300, 768
+    x, packed, absmax, _ = problem(n, k, 9)
+    bias = torch.randn(n).half()
+    upstream = torch.randn(9, n).half()
 
     def gradients(function, dtype, **options):
-        leaf, leaf_bias = x.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
-        y = function(leaf, packed, absmax, (40, 256), leaf_bias, **options)
+        leaf, leaf_bias = (t.to(dtype).clone().requires_grad_() for t in (x, bias))
+        y = function(leaf, packed, absmax, (n, k), leaf_bias, **options)
         y.backward(upstream.to(dtype))
         return y, leaf.grad, leaf_bias.grad
 
-    for a, e in zip(
-        gradients(nf4_linear, torch.float16, backend=backend), gradients(nf4_linear_reference, torch.float64)
-    ):
+    actual = gradients(nf4_linear, torch.float16, backend=backend)
+    for a, e in zip(actual, gradients(nf4_linear_reference, torch.float64)):
         assert relative_error(a, e) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ptx_of_the_lookup(dtype):
-    """Executes the PTX for every 16-bit word, beside a random one, and compares bit for bit with the table."""
+    """Executes the PTX for every 16-bit half of a word, and compares bit for bit with the table."""
     scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE
-    words = np.stack([np.arange(2**16), np.random.default_rng(0).integers(0, 2**16, 2**16)])
-    registers = 8 if dtype == torch.float32 else 4
-    outputs = run_ptx(nf4.lookup_ptx(dtype, scale), (words[0] | words[1] << 16).astype(np.uint32), registers)
+    word = (np.arange(2**16) | np.random.default_rng(0).permutation(2**16) << 16).astype(np.uint32)
+    outputs = run_ptx(nf4.lookup_ptx(dtype, scale), word, 2 * dtype.itemsize)
     table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype)
-    for word in (0, 1):
-        low, high = words[word] & 255, words[word] >> 8  # the low byte is first in memory, its high bits the even k
-        for q, codes in enumerate((low >> 4, low & 15, high >> 4, high & 15)):
-            if dtype == torch.float32:
-                found = torch.from_numpy(outputs[2 * q + word].view(np.int32)).view(torch.float32)
-            else:
-                found = (outputs[q] >> (16 * word) & 0xFFFF).astype(np.uint16).view(np.int16)
-                found = torch.from_numpy(found).view(dtype)
-            assert torch.equal(found, table[torch.from_numpy(codes)])
+    values = torch.from_numpy(np.stack(outputs, -1).view(np.int32)).view(dtype)  # [2 ** 16, 8], k = 0..7
+    assert values.shape == (2**16, 8)
+    for i in range(4):
+        byte = word >> (8 * i) & 255
+        for odd, codes in enumerate((byte >> 4, byte & 15)):  # the even k is in the high bits
+            assert torch.equal(values[:, 2 * i + odd], table[torch.from_numpy(codes.astype(np.int64))])
 
 
 def run_ptx(source: str, word: np.ndarray, outputs: int) -> list[np.ndarray]:
@@ -211,10 +207,10 @@ def test_scales():
 
 def test_tiles_cover_the_sum():
     for rows in (1, 16, 17, 64, 65, 300):
-        for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 64)):
+        for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 256)):
             tiles = nf4.choose_tiles(rows, n, k, 132)
             assert tiles.splits >= 1
-            groups = k // 64 // np.gcd(k // 64, tiles.group)
+            groups = k // 64 // tiles.group
             share = -(-groups // tiles.splits)
             assert share * (tiles.splits - 1) < groups  # no program without work
 
@@ -230,7 +226,7 @@ def test_tiles_cover_the_sum():
         (lambda a: a | {"absmax": torch.ones(3)}, "absmax is"),
         (lambda a: a | {"shape": (40, 100)}, "multiple of 64"),
         (lambda a: a | {"bias": torch.ones(41)}, "bias is"),
-        (lambda a: a | {"x": a["x"].float(), "backend": "fused"}, "16-bit"),
+        (lambda a: a | {"x": a["x"].float(), "backend": "fused"}, "16-bit x"),
         (lambda a: a | {"backend": "cuda"}, "backend 'cuda'"),
     ],
 )

@@ -111,11 +111,11 @@ def nf4_linear(
     _check(x, packed, absmax, shape, bias)
     rows = math.prod(x.shape[:-1])
     if backend is None:
-        backend = _choose(x, rows)
+        backend = _choose(x, rows, shape[1])
     elif backend not in ("fused", "dequantise", "torch") or (backend != "torch" and triton is None):
         raise ValueError(f"backend {backend!r}: choose 'fused' or 'dequantise' (need Triton), 'torch' or None")
-    elif backend == "fused" and x.dtype == torch.float32:
-        raise ValueError("backend 'fused' needs a 16-bit x, x is float32: cast it, or choose 'dequantise'")
+    elif backend == "fused" and (x.dtype == torch.float32 or shape[1] % 256):
+        raise ValueError(f"backend 'fused' needs a 16-bit x and K a multiple of 256, not {x.dtype}, K = {shape[1]}")
     flat = x.reshape(rows, shape[1])
     return _NF4Linear.apply(flat, packed, absmax, shape, bias, backend).view(*x.shape[:-1], shape[0])
 
@@ -227,14 +227,14 @@ def _check(
 
 FUSED_ROWS = 256
 """rows of x up to which the fused kernel is faster than chunks (H100, docs/performance.md)"""
-CHUNK_BYTES = 32 << 20
-"""size of a dequantised chunk: what stays in the L2 cache until the product has read it"""
+CHUNK_BYTES = 256 << 20
+"""largest dequantised part of a weight at a time"""
 
 
-def _choose(x: Tensor, rows: int) -> Literal["fused", "dequantise", "torch"]:
+def _choose(x: Tensor, rows: int, k: int) -> Literal["fused", "dequantise", "torch"]:
     if triton is None or not x.is_cuda:
         return "torch"
-    fused = rows <= FUSED_ROWS and x.dtype != torch.float32 and _has_tensor_cores(x.device, x.dtype)
+    fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and _has_tensor_cores(x.device, x.dtype)
     return "fused" if fused else "dequantise"
 
 
@@ -243,13 +243,19 @@ def _has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 5))
 
 
+@functools.cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it has ended, and wait inside (2 us less a product)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _by_chunks(
     x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     """Chunks of W's rows, each dequantised into the same buffer and multiplied."""
     n, k = shape
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    step = min(n, max(1, CHUNK_BYTES // (k * x.element_size())))
+    step = min(n, max(1, CHUNK_BYTES // (k * x.element_size() * 256)) * 256)  # 256: products of odd sizes are slow
     buffer = torch.empty(step, k, dtype=x.dtype, device=x.device)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
@@ -265,7 +271,7 @@ def _gradient_by_chunks(grad: Tensor, packed: Tensor, absmax: Tensor | NestedAbs
     """grad @ W in chunks of W's columns, so that no sum is split."""
     n, k = shape
     grad_x = torch.empty(len(grad), k, dtype=grad.dtype, device=grad.device)
-    step = min(k, max(1, CHUNK_BYTES // (n * grad.element_size() * BLOCK)) * BLOCK)
+    step = min(k, max(1, CHUNK_BYTES // (n * grad.element_size() * 256)) * 256)
     buffer = torch.empty(n * step, dtype=grad.dtype, device=grad.device)
     for start in range(0, k, step):
         columns = slice(start, min(start + step, k))
@@ -290,12 +296,19 @@ class Tiles(NamedTuple):
 
 def choose_tiles(rows: int, n: int, k: int, multiprocessors: int) -> Tiles:
     """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small."""
-    row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    n_tile, warps, stages = (128, 8, 2) if row_tile == 128 else (64, 4, 3)
-    tiles = -(-n // n_tile) * -(-rows // row_tile)
-    per_multiprocessor = 1 if row_tile == 128 else 4
-    splits = max(1, min(per_multiprocessor * multiprocessors // tiles, k // 512, 16))
-    return Tiles(n_tile, row_tile, splits, warps, stages)
+    if rows <= 16:
+        tiles, resident = Tiles(64, 16, 1, 4, 2, wide=False), 4
+    elif rows <= 32:
+        tiles, resident = Tiles(64, 32, 1, 4, 2), 3
+    elif rows <= 64:
+        tiles, resident = Tiles(64, 64, 1, 4, 2), 2
+    else:
+        tiles, resident = Tiles(64, 128, 1, 4, 3, group=2), 2
+    programs = -(-n // tiles.n) * -(-rows // tiles.rows)
+    splits = resident * multiprocessors / programs  # as many programs as are resident; a few more where rows are few
+    splits = max(1, min(math.ceil(splits) if rows <= 32 else int(splits), k // 512, 16))
+    groups = k // (BLOCK * tiles.group)
+    return tiles._replace(splits=-(-groups // -(-groups // splits)))  # only those that have work
 
 
 def _scale_arguments(absmax: Tensor | NestedAbsmax) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -322,6 +335,7 @@ def _fused(
         return y
     if tiles is None:
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4)
+        tiles = tiles._replace(pdl=x.is_cuda and _has_dependent_launch(x.device))
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=x.dtype, device=x.device)
     counters = partial = None
@@ -334,56 +348,51 @@ def _fused(
         x, permuted, counters, x.stride(0), x.stride(1), len(x), k,
         0 if counters is None else len(counters), WIDTH=1024, PDL=tiles.pdl, num_warps=4, **options,
     )  # fmt: skip
-    group = math.gcd(k // BLOCK, tiles.group)
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
         len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
-        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=group, WIDE=tiles.wide, PTX=x.is_cuda, PDL=tiles.pdl,
+        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PTX=x.is_cuda, PDL=tiles.pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
     return y
 
 
 def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
-    """PTX that turns two 16-bit words of four codes each into four values of each, NF4[code] * scale in dtype.
+    """PTX that turns four bytes of codes into their eight values, NF4[code] * scale in dtype.
 
-    Operands: outputs q, for q = 0..3 the codes at k = 4 j + q of both words (a 16-bit dtype: one register with both;
-    float32: two registers), then the input register. The low byte of a word comes first in memory and its high
-    four bits are the even k, so from the lowest bits on a word holds k = 1, 0, 3, 2.
+    The lowest byte is the first in memory and its high four bits are its even k, so from the lowest bits on the word
+    holds k = 1, 0, 3, 2, 5, 4, 7, 6. Operands: for a 16-bit dtype $0 to $3 the pairs k = 2 i, 2 i + 1 and $4 the word;
+    for float32 $0 to $7 the values and $8 the word.
 
     One prmt with the low three bits of four codes as selectors picks four bytes out of eight; this is done in both
     halves of the table, and a third prmt, with bit 3 of the codes, picks one of the two. Once for each byte of dtype.
     """
-    planes = dtype.itemsize
-    bits = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, planes).T.tolist()
-    tables = [[int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)] for plane in bits]
-    names = "abcd"[:planes]
-    source = f"${4 * (planes // 2)}"
+    size = dtype.itemsize
+    planes = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, size).T.tolist()
+    tables = [[int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)] for plane in planes]
+    word = f"${2 * size}"
     lines = [
-        f"prmt.b32 w, {source}, {source}, 0x3120;",  # codes of k = 1, 0 of both words, then of k = 3, 2
-        "shr.u32 m, w, 1;",
+        f"shr.u32 m, {word}, 1;",
         "lop3.b32 m, m, 0x44444444, 0x32103210, 0xea;",  # (m & ..) | ..: selector i + 4 * bit 3 of code i
-        "and.b32 s, w, 0x77777777;",
+        f"and.b32 s, {word}, 0x77777777;",
     ]
     for half in (0, 1):
         if half:
             lines += ["shr.u32 m, m, 16;", "shr.u32 s, s, 16;"]
-        for name, (t0, t1, t2, t3) in zip(names, tables):
+        for name, (t0, t1, t2, t3) in zip("abcd", tables):
             lines.append(f"prmt.b32 p, {t0:#010x}, {t1:#010x}, s;")
             lines.append(f"prmt.b32 q, {t2:#010x}, {t3:#010x}, s;")
             lines.append(f"prmt.b32 {name}, p, q, m;")
-        # Bytes of the planes now: 0 and 2 the odd k of the two words, 1 and 3 the even.
-        for first in (1, 0):
-            q = 2 * half + 1 - first
-            if planes == 2:
-                lines.append(f"prmt.b32 ${q}, a, b, {0x7351 if first else 0x6240:#06x};")
-            else:
-                for word in (0, 1):
-                    at = first + 2 * word
-                    lines.append(f"prmt.b32 p, a, b, {(at + 4) << 4 | at:#06x};")
-                    lines.append(f"prmt.b32 q, c, d, {(at + 4) << 4 | at:#06x};")
-                    lines.append(f"prmt.b32 ${2 * q + word}, p, q, 0x5410;")
-    return "{ .reg .b32 w, m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
+        if size == 2:
+            lines.append(f"prmt.b32 ${2 * half}, a, b, 0x4051;")
+            lines.append(f"prmt.b32 ${2 * half + 1}, a, b, 0x6273;")
+        else:
+            for code in range(4):
+                pick = f"{(code + 4) << 4 | code:#06x}"
+                lines.append(f"prmt.b32 p, a, b, {pick};")
+                lines.append(f"prmt.b32 q, c, d, {pick};")
+                lines.append(f"prmt.b32 ${4 * half + (code ^ 1)}, p, q, 0x5410;")
+    return "{ .reg .b32 m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
 
 
 def _rounded(dtype: torch.dtype, scale: float) -> tuple[float, ...]:
@@ -399,16 +408,34 @@ if triton is not None:
     _VALUES_FP32 = tl.constexpr(_rounded(torch.float32, 1.0))
 
     @triton.jit
-    def _select(codes, VALUES: tl.constexpr):
-        """The table by 16 selects: for the interpreter, which has no PTX."""
-        found = tl.full(codes.shape, VALUES[0], tl.float32)
-        for i in tl.static_range(1, 16):
-            found = tl.where(codes == i, VALUES[i], found)
+    def _select(codes, DTYPE: tl.constexpr):
+        """The table by 16 selects, as float32: for the interpreter, which has no PTX."""
+        found = tl.zeros(codes.shape, tl.float32)
+        for i in tl.static_range(16):
+            if tl.bfloat16 == DTYPE:
+                found = tl.where(codes == i, _VALUES_BF16[i], found)
+            elif tl.float16 == DTYPE:
+                found = tl.where(codes == i, _VALUES_FP16[i], found)
+            else:
+                found = tl.where(codes == i, _VALUES_FP32[i], found)
         return found
 
     @triton.jit
+    def _emulated_lookup(words, DTYPE: tl.constexpr):
+        """What the PTX does with pairs of words, for the interpreter: four tensors like words, float32."""
+        first, second = tl.split(tl.reshape(words.to(tl.int32), (words.shape[0], words.shape[1] // 2, 2)))
+        q0 = tl.join(_select((first >> 4) & 15, DTYPE), _select(first & 15, DTYPE))
+        q1 = tl.join(_select((first >> 12) & 15, DTYPE), _select((first >> 8) & 15, DTYPE))
+        q2 = tl.join(_select((second >> 4) & 15, DTYPE), _select(second & 15, DTYPE))
+        q3 = tl.join(_select((second >> 12) & 15, DTYPE), _select((second >> 8) & 15, DTYPE))
+        return (
+            tl.reshape(q0, words.shape), tl.reshape(q1, words.shape),
+            tl.reshape(q2, words.shape), tl.reshape(q3, words.shape),
+        )  # fmt: skip
+
+    @triton.jit
     def _lookup(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
-        """Words of four codes -> their values at k = 4 j, 4 j + 1, 4 j + 2, 4 j + 3."""
+        """[N, 16] words of four codes -> q0 .. q3, where q_i[:, 2 p + e] is the value at k = 8 p + 2 i + e."""
         if PTX:
             if tl.float32 == DTYPE:
                 return tl.inline_asm_elementwise(
@@ -426,16 +453,7 @@ if triton is not None:
                     dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
                 )  # fmt: skip
         else:
-            VALUES: tl.constexpr = (
-                _VALUES_FP32 if tl.float32 == DTYPE else _VALUES_BF16 if tl.bfloat16 == DTYPE else _VALUES_FP16
-            )
-            words = words.to(tl.int32)
-            return (
-                _select((words >> 4) & 15, VALUES),
-                _select(words & 15, VALUES),
-                _select((words >> 12) & 15, VALUES),
-                _select((words >> 8) & 15, VALUES),
-            )
+            return _emulated_lookup(words, DTYPE)
 
     @triton.jit
     def _quarters(tile):
@@ -479,7 +497,7 @@ if triton is not None:
         x_ptr, out_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
         WIDTH: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 q + j] = x[row, 64 b + 4 j + q], zero in the rows that pad; and counters to zero."""
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in the rows that pad; and counters to zero."""
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
@@ -487,7 +505,7 @@ if triton is not None:
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
         x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
-        x = tl.permute(tl.reshape(x, (WIDTH // 64, 16, 4)), (0, 2, 1))
+        x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
         if counters_ptr is not None:
             programs = tl.num_programs(0) * tl.num_programs(1)
@@ -504,6 +522,9 @@ if triton is not None:
         WIDE: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
         tile = tl.program_id(0)
         n_start = (tile // row_tiles) * N_TILE
         row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
@@ -522,9 +543,6 @@ if triton is not None:
         words_pointers = words_ptr + n.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, WORDS)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
         accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
         for group in range(first, last + 1):
             following = index + tl.minimum(group + 1, last) * GROUP
             next_scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, following, NESTED)
@@ -543,7 +561,7 @@ if triton is not None:
                 accumulator += _block_dot(w1, x_group + 64, s1, PTX)
                 accumulator += _block_dot(w2, x_group + 128, s2, PTX)
                 accumulator += _block_dot(w3, x_group + 192, s3, PTX)
-            elif GROUP == 2:
+            else:
                 s0, s1 = _halves(scales)
                 if WIDE:
                     w0, w1 = _halves(tl.load(words_group))
@@ -552,8 +570,6 @@ if triton is not None:
                     w1 = tl.load(words_group + 16)
                 accumulator += _block_dot(w0, x_group, s0, PTX)
                 accumulator += _block_dot(w1, x_group + 64, s1, PTX)
-            else:
-                accumulator += _block_dot(tl.load(words_group), x_group, scales, PTX)
             scales = next_scales
 
         last_one = True
@@ -590,6 +606,8 @@ if triton is not None:
         words = tl.load(words_ptr + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
         scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, source, NESTED)
         q0, q1, q2, q3 = _lookup(words, tl.float32, PTX)
-        values = tl.reshape(tl.join(tl.join(q0, q2), tl.join(q1, q3)), (BLOCKS, 64)) * scales[:, None]
+        values = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [BLOCKS, 2 p + e, i // 2, i % 2]
+        values = tl.permute(tl.reshape(values, (BLOCKS, 8, 2, 4)), (0, 1, 3, 2))
+        values = tl.reshape(values, (BLOCKS, 64)) * scales[:, None]
         pointers = out_ptr + block.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
         tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=inside[:, None])
