@@ -1,13 +1,12 @@
 """A language model of 0.2 million parameters, made here in under a minute, that adds numbers: the quickstart's.
 
 It is a Llama with a byte-level BPE tokenizer and a chat template in an ordinary transformers folder, pretrained on
-sums answered in two styles. The careful one works digit by digit between <think> and </think>:
+sums answered in two styles. The careful one works digit by digit, from the right, between <think> and </think>:
 
-    What is 345+678? ...  ->  <think>5+8+0=13, 4+7+1=12, 3+6+1=10</think><answer>1023</answer>
+    What is 345+678? ...  ->  <think>5+8=13+0=13, 4+7=11+1=12, 3+6=09+1=10</think><answer>1023</answer>
 
-The hasty one thinks of nothing, and states the sum at once: `<think></think><answer>1023</answer>`. All that the
-model reads is right, but such a small one cannot add in its head, so what it says hastily is nearly always wrong.
-Most of the late examples are hasty, so hasty it is: what GRPO then does is to find out that thinking pays. The
+The hasty one answers at once, `<think></think><answer>...</answer>`, and wrongly: so small a model cannot add in its
+head. Most of the late examples are hasty, so hasty it is. What GRPO then does is to find out that thinking pays: the
 ability is there before; GRPO makes the model use it, and sharpens it.
 """
 
@@ -42,16 +41,16 @@ class Tiny(NamedTuple):
     prompt: str = "{question} Reply as <think>...</think><answer>...</answer>."
     """the user's message: the only prompt the model knows"""
     digits: int = 3
-    """of both numbers"""
+    """of both numbers, at least 2"""
     hidden: int = 64
     """width; a multiple of 64, so that NF4's blocks fit each row of the weights"""
     intermediate: int = 256
     layers: int = 2
     heads: int = 4
-    steps: int = 600
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    careful_steps: float = 0.7
+    steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    careful_steps: float = 0.8
     """share of the steps, the first ones, in which every example is careful"""
     careful_share: float = 0.3
     """share of careful examples in the steps after those"""
@@ -79,20 +78,18 @@ def tiny_model(settings: Tiny | None = None) -> Path:
 
 
 def tiny_examples(n: int, split: str, *, digits: int = 3, seed: int = 0) -> list[Example]:
-    """`n` sums of two numbers of exactly `digits` digits. The model has seen none of split "test" in pretraining."""
-    low, size = 10 ** (digits - 1), len("What is +?") + 2 * digits
+    """`n` sums of two numbers of `digits` digits. The tiny model has seen none of split "test" in pretraining."""
     drawn = arithmetic_examples(3 * n, digits=digits, split=split, seed=seed)
-    examples = [e for e in drawn if len(e.question) == size and int(e.gold) >= 2 * low]
-    return examples[:n]
+    return [e for e in drawn if len(e.question) == len("What is +?") + 2 * digits][:n]
 
 
 def careful(a: int, b: int) -> str:
-    """The answer digit by digit, from the right: "digit+digit+carry=sum"."""
+    """The answer digit by digit, from the right: "digit+digit=sum+carry=sum"."""
     carry, steps = 0, []
     for x, y in zip(reversed(str(a)), reversed(str(b))):
-        total = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}+{carry}={total:02}")
-        carry = total // 10
+        digits = int(x) + int(y)
+        steps.append(f"{x}+{y}={digits:02}+{carry}={digits + carry:02}")
+        carry = (digits + carry) // 10
     return f"<think>{', '.join(steps)}</think><answer>{a + b}</answer>"
 
 
@@ -185,7 +182,7 @@ def pretraining_batch(
     settings: Tiny, tokenizer: PreTrainedTokenizerFast, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), both [batch, time] int64: targets[:, t] is the token after ids[:, t], -100 where that is the
-    prompt's or padding."""
+    prompt's, padding, or a digit of a hasty answer: what the model cannot learn would keep it from the rest."""
     turn = [{"role": "user", "content": settings.prompt}]
     chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     examples = pretraining_examples(settings, step)
@@ -193,8 +190,11 @@ def pretraining_batch(
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
     targets = torch.full_like(ids, -100)
-    answer_begins = rows[0].index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
+    begin = rows[0].index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1  # of the answer, the same in every row
+    end_think = tokenizer.convert_tokens_to_ids("</think>")
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        targets[i, answer_begins - 1 : len(row) - 1] = ids[i, answer_begins : len(row)]
+        targets[i, begin - 1 : len(row) - 1] = ids[i, begin : len(row)]
+        if row[begin + 1] == end_think:  # <think> </think> <answer> digits </answer> </s>
+            targets[i, begin + 2 : len(row) - 3] = -100
     return ids[:, :-1], targets[:, :-1]
