@@ -9,14 +9,39 @@ from grpo_rollout.torch_engine import TorchEngine
 ENGINES = ("auto", "vllm", "torch")
 
 
-def make_engine(kind: str, model: Any, *, eos_ids: list[int], pad_id: int, **settings: Any) -> Engine:
+def make_engine(
+    kind: str,
+    model: Any,
+    *,
+    eos_ids: list[int],
+    pad_id: int,
+    max_prompt_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    **settings: Any,
+) -> Engine:
     """The engine that --engine names, over the trainer's model: "torch", "vllm", or "auto", which is vLLM on a GPU
-    where it is installed and torch elsewhere. Raises ValueError, naming the flag, for another name or where vLLM
-    is asked for and missing."""
-    installed = importlib.util.find_spec("vllm") is not None
+    where it is installed and the lengths are given, and torch elsewhere.
+
+    max_prompt_tokens, max_completion_tokens: of any later call; vLLM needs them to size its memory.
+    settings: of VLLMEngine (sequences, gpu_memory_gb, ...); the torch engine has no use for them.
+    Raises ValueError, naming the flag, for another name or where vLLM is asked for and missing."""
     if kind not in ENGINES:
         raise ValueError(f"--engine {kind}: no such engine; choose one of {', '.join(ENGINES)}")
+    device = next(model.parameters()).device
+    installed = importlib.util.find_spec("vllm") is not None
+    sized = max_prompt_tokens is not None and max_completion_tokens is not None
     if kind == "vllm" and not installed:
         raise ValueError("--engine vllm: vLLM is not installed; pip install -e '.[vllm]', or take --engine torch")
-    device = next(model.parameters()).device
-    return TorchEngine(model, eos_ids=eos_ids, pad_id=pad_id, dequantize=device.type == "cpu", **settings)
+    if kind == "vllm" and not sized:
+        raise ValueError("--engine vllm needs max_prompt_tokens and max_completion_tokens: it sizes its memory by them")
+    if kind == "vllm" or (kind == "auto" and installed and sized and device.type == "cuda"):
+        from grpo_rollout.vllm_engine import VLLMEngine
+
+        return VLLMEngine(
+            model,
+            eos_ids=eos_ids,
+            max_prompt_tokens=max_prompt_tokens or 0,
+            max_completion_tokens=max_completion_tokens or 0,
+            **settings,
+        )
+    return TorchEngine(model, eos_ids=eos_ids, pad_id=pad_id, dequantize=device.type == "cpu")
