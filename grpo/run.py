@@ -191,8 +191,9 @@ class Run:
     ) -> None:
         """Write completions/<split>-NNNNNN.jsonl: prompt, completion, rewards by function, advantage.
 
-        prompts: one a group; completions, each list of rewards, advantages: prompt-major, so completion i answers
-        prompt i // group_size. Training samples are kept of step 1 and each `completions_every` steps, samples of
+        prompts: one a group, as the model saw them, template included: `grpo.export` compares models on them.
+        completions, each list of rewards, advantages: prompt-major, so completion i answers prompt i // group_size.
+        Training samples are kept of step 1 and each `completions_every` steps, samples of
         any other split ("eval") always. Only rank 0's are kept."""
         if not self.writes or (split == "train" and step != 1 and step % self.completions_every):
             return
