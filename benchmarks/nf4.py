@@ -126,6 +126,22 @@ def inputs(shapes: Iterable[tuple[int, int]], rows: int) -> dict[int, Tensor]:
     return {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for k in {k for _, k in shapes}}
 
 
+def products(weights: list[Weight], x: dict[int, Tensor], backend: str | None = None) -> Callable[[], None]:
+    def run():
+        for w in weights:
+            nf4.nf4_linear(x[w.shape[1]], w.packed, w.absmax, w.shape, backend=backend)
+
+    return run
+
+
+def tiled(weights: list[Weight], x: Tensor, tiles: nf4.Tiles) -> Callable[[], None]:
+    def run():
+        for w in weights:
+            nf4._fused(x, w.packed, w.absmax, w.shape, None, tiles)
+
+    return run
+
+
 def table(args: Args) -> None:
     shapes, layers = MODELS[args.model]
     layers = args.layers or layers
@@ -138,20 +154,13 @@ def table(args: Args) -> None:
     count = sum(n * k for n, k in shapes) * layers
     plain = [torch.empty(w.shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02) for w in weights]
     print(f"{len(weights)} products, {count / 1e9:.2f}e9 weights, {packed_bytes / 1e9:.2f} GB of codes and scales")
-    print(
-        f"{'rows':>5} | {'ours ms':>8}{'GB/s':>6} {'path':11}| {'dequantise':>10} | {'bnb ms':>8} | {'bf16 ms':>8}{'GB/s':>6}"
-    )
+    print(f"{'rows':>5} | {'ours ms':>8}{'GB/s':>6} {'path':11}| {'dequantise':>10} | {'bnb ms':>8} | ", end="")
+    print(f"{'bf16 ms':>8}{'GB/s':>6}")
     for rows in args.rows:
         x = inputs(shapes, rows)
-
-        def ours(backend, x=x):
-            return lambda: [
-                nf4.nf4_linear(x[w.shape[1]], w.packed, w.absmax, w.shape, backend=backend) for w in weights
-            ]
-
         path = nf4._choose(next(iter(x.values())), rows, 4096)
-        ms = replay_ms(ours(None), args.replays)
-        chunks = replay_ms(ours("dequantise"), 5)
+        ms = replay_ms(products(weights, x), args.replays)
+        chunks = replay_ms(products(weights, x, "dequantise"), 5)
         theirs = float("nan")
         if bnb:
             theirs = replay_ms(
@@ -194,25 +203,19 @@ def check(args: Args) -> bool:
 
 def candidates(rows: int) -> list[nf4.Tiles]:
     """Tiles to try; splits are filled in for each shape."""
-    # n, rows, warps, stages, group, wide
+    T = nf4.Tiles
     if rows <= 16:
-        found = [(64, 16, 4, s, 4, True) for s in (2, 4)]
-        found += [(128, 16, 8, 4, 4, True), (128, 16, 4, 2, 4, True), (64, 8, 4, 2, 4, True), (64, 16, 4, 3, 2, True)]
+        found = [T(64, 16, 1, 4, stages, wide=wide) for stages in (2, 3, 4) for wide in (True, False)]
+        found += [T(128, 16, 1, 4, 3), T(128, 16, 1, 8, 3), T(64, 8, 1, 4, 3), T(64, 16, 1, 4, 4, group=2)]
     elif rows <= 32:
-        found = [(64, 32, 4, 3, 4, True), (128, 32, 8, 3, 4, True), (64, 32, 4, 3, 2, True)]
+        found = [T(64, 32, 1, 4, 2), T(64, 32, 1, 4, 3), T(128, 32, 1, 8, 3), T(64, 32, 1, 4, 4, group=2)]
     elif rows <= 64:
-        found = [(64, 64, 4, 2, 4, True), (128, 64, 8, 2, 4, True), (128, 64, 8, 3, 4, True)]
-        found += [(64, 64, 4, 4, 2, True), (128, 64, 8, 4, 2, True), (128, 64, 4, 3, 2, True)]
+        found = [T(64, 64, 1, 4, 2), T(64, 64, 1, 4, 3), T(128, 64, 1, 8, 2), T(128, 64, 1, 8, 3)]
+        found += [T(64, 64, 1, 4, 4, group=2), T(128, 64, 1, 8, 4, group=2), T(128, 64, 1, 4, 3, group=2)]
     else:
-        found = [(128, 128, 8, 2, 4, True), (128, 128, 8, 3, 2, True), (128, 128, 8, 4, 2, True)]
-        found += [
-            (64, 128, 4, 3, 2, True),
-            (64, 128, 4, 2, 2, True),
-            (128, 64, 8, 3, 2, True),
-            (64, 256, 8, 2, 2, True),
-        ]
-        found += [(64, 64, 4, 3, 2, True), (64, 64, 4, 2, 4, True)]
-    return [nf4.Tiles(n, r, 1, w, s, group, wide) for n, r, w, s, group, wide in found]
+        found = [T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 3, group=2), T(64, 128, 1, 4, 2, group=2)]
+        found += [T(64, 128, 1, 4, 3, group=2), T(128, 64, 1, 8, 3, group=2), T(64, 256, 1, 8, 2, group=2)]
+    return found
 
 
 def compile_tiles(args: Args) -> None:
@@ -260,13 +263,8 @@ def tune(args: Args) -> None:
                         continue
                     t = tiles._replace(splits=splits)
 
-                    def run(t=t, x=x, weights=weights):
-                        for w in weights:
-                            y = nf4._fused(x, w.packed, w.absmax, w.shape, None, t)
-                        return y
-
                     try:
-                        times[t] = replay_ms(run, args.replays) / layers * 1e3
+                        times[t] = replay_ms(tiled(weights, x, t), args.replays) / layers * 1e3
                         y = nf4._fused(x, weights[0].packed, weights[0].absmax, (n, k), None, t)
                         error = relative_error(y, exact)
                         if not error < 3e-3:
@@ -283,7 +281,7 @@ def tune(args: Args) -> None:
                 print(f"   {times[t]:6.1f} us  {t}")
             pdl = ranked[0]._replace(pdl=True)
             try:
-                us = replay_ms(lambda: [nf4._fused(x, w.packed, w.absmax, w.shape, None, pdl) for w in weights], 20)
+                us = replay_ms(tiled(weights, x, pdl), args.replays)
                 y = nf4._fused(x, weights[0].packed, weights[0].absmax, (n, k), None, pdl)
                 print(f"   {us / layers * 1e3:6.1f} us  the first with pdl, error {relative_error(y, exact):.1e}")
             except Exception as failure:
@@ -313,10 +311,7 @@ def chunks(args: Args) -> None:
         cells = []
         for size in sizes:
             nf4.CHUNK_BYTES = size << 20
-            run = lambda: [
-                nf4.nf4_linear(x[w.shape[1]], w.packed, w.absmax, w.shape, backend="dequantise") for w in weights
-            ]  # noqa
-            cells.append(f"{replay_ms(run, 7):8.2f}")
+            cells.append(f"{replay_ms(products(weights, x, 'dequantise'), 7):8.2f}")
         print(f"{rows:5} rows", *cells, flush=True)
     out = torch.empty(14336, 4096, device="cuda", dtype=torch.bfloat16)
     large = [w for w in weights if w.shape[0] == 14336]
@@ -332,9 +327,8 @@ if __name__ == "__main__":
     if args.compile:
         compile_tiles(args)
     else:
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bitsandbytes {getattr(bnb, '__version__', '-')}"
-        )
+        version = getattr(bnb, "__version__", "missing")
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bitsandbytes {version}")
         if args.check:
             sys.exit(not check(args))
         elif args.tune:

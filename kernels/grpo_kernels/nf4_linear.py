@@ -4,8 +4,8 @@ The weight is [N, K] with K a multiple of 64. packed holds two 4-bit codes a byt
 weights share one absmax: W[n, k] = NF4[code[n, k]] * absmax[n, k // 64] (QLoRA, https://arxiv.org/abs/2305.14314).
 
     rows        path
-    1 to ~256   fused: reads the 4-bit codes once and decodes them in registers
-    more        chunks of the weight, dequantised into a buffer of some MiB, and the vendor's matrix product
+    1 to 256    fused: reads the 4-bit codes once and decodes them in registers (16-bit x, K a multiple of 256)
+    more        the weight dequantised into a buffer, by parts if it is large, and the vendor's matrix product
     no Triton   the whole weight dequantised in torch: the reference
 
 The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows x has:
@@ -15,8 +15,8 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
 - The table holds round(NF4[i] * TABLE_SCALE), and the result is divided by TABLE_SCALE: that factor is where the 16
   values round best. Their bfloat16 error is then 0.08% (weighted by how often a value occurs), half of what
   dequantising to bfloat16 costs. The scales multiply fp32 partial sums of 64 terms, so they add no error.
-- A thread decodes 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same way
-  (`_permute_kernel`), which pads its rows to the tile as well.
+- A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
+  way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 """
 
@@ -74,7 +74,7 @@ def absmax_of(quant_state: Any) -> Tensor | NestedAbsmax:
 
 
 def expand_absmax(absmax: Tensor | NestedAbsmax) -> Tensor:
-    """absmax: [N * K / 64] float32. Expanded once it costs 4 bytes for 64 weights (12.5% of their codes) instead of 1."""
+    """absmax: [N * K / 64] float32. Kept so it takes 4 bytes for 64 weights, 12.5% of their codes, instead of 1."""
     if not isinstance(absmax, NestedAbsmax):
         return absmax.float()
     flat = absmax.quantised.reshape(-1)
@@ -158,8 +158,9 @@ def nf4_dequantise(
     blocks = size[0] * (size[1] // BLOCK)
     if blocks:
         _dequantise_kernel[(triton.cdiv(blocks, 32),)](
-            packed.view(-1).view(torch.int16), *_scale_arguments(absmax), out, blocks, size[1] // BLOCK, shape[1] // BLOCK,
-            row_start, start // BLOCK, NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32, PTX=packed.is_cuda,
+            packed.view(-1).view(torch.int16), *_scale_arguments(absmax), out,
+            blocks, size[1] // BLOCK, shape[1] // BLOCK, row_start, start // BLOCK,
+            NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32, PTX=packed.is_cuda,
         )  # fmt: skip
     return out
 
@@ -497,7 +498,7 @@ if triton is not None:
         x_ptr, out_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
         WIDTH: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in the rows that pad; and counters to zero."""
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero."""
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
