@@ -64,7 +64,7 @@ def test_dequantise_kernel_is_the_reference(nested, dtype):
         (96, 512, 1, Tiles(64, 16, 1, 4, 2)),  # N is no multiple of the tile; 4 blocks a step
         (65, 768, 17, Tiles(64, 16, 1, 4, 2, group=2)),  # two tiles of rows; 2 blocks a step
         (130, 256, 5, Tiles(128, 8, 1, 4, 2, wide=False)),
-        (40, 1280, 33, Tiles(64, 64, 1, 4, 2)),  # splits of unequal length
+        (40, 1024, 33, Tiles(64, 64, 1, 4, 2)),  # splits of unequal length
     ],
     ids=str,
 )
@@ -116,7 +116,7 @@ def test_any_strides_and_leading_axes(backend):
 @pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
 def test_gradient(backend, monkeypatch):
     monkeypatch.setattr(nf4, "CHUNK_BYTES", 1)  # the smallest chunks: 256 rows, 256 columns
-    n, k = 300, 768
+    n, k = (260, 512) if backend != "dequantise" else (260, 320)  # 320: a last chunk of 64 columns
     x, packed, absmax, _ = problem(n, k, 9)
     bias = torch.randn(n).half()
     upstream = torch.randn(9, n).half()

@@ -159,8 +159,9 @@ def nf4_dequantise(
     if blocks:
         _dequantise_kernel[(triton.cdiv(blocks, 32),)](
             packed.view(-1).view(torch.int16), *_scale_arguments(absmax), out,
+            _emulation_table(torch.float32, 1.0, packed.device),
             blocks, size[1] // BLOCK, shape[1] // BLOCK, row_start, start // BLOCK,
-            NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32, PTX=packed.is_cuda,
+            NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32,
         )  # fmt: skip
     return out
 
@@ -290,9 +291,9 @@ class Tiles(NamedTuple):
     splits: int  # programs that share the sum over k of one tile
     warps: int
     stages: int
-    group: int = 4
-    wide: bool = True
-    pdl: bool = False
+    group: int = 4  # blocks of 64 along k an iteration: 4 or 2
+    wide: bool = True  # load a group's words at once rather than block by block
+    pdl: bool = False  # start before the kernel ahead has ended
 
 
 def choose_tiles(rows: int, n: int, k: int, multiprocessors: int) -> Tiles:
@@ -351,8 +352,9 @@ def _fused(
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
+        _emulation_table(x.dtype, TABLE_SCALE, x.device),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
-        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PTX=x.is_cuda, PDL=tiles.pdl,
+        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
     return y
@@ -396,48 +398,35 @@ def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
     return "{ .reg .b32 m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
 
 
-def _rounded(dtype: torch.dtype, scale: float) -> tuple[float, ...]:
-    return tuple((torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).tolist())
+def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> Tensor | None:
+    """What `lookup_ptx` looks up, as float32, for the interpreter; None on CUDA, where the PTX runs."""
+    if device.type == "cuda":
+        return None
+    return (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).float()
 
 
 if triton is not None:
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE))
     _PTX_FP32 = tl.constexpr(lookup_ptx(torch.float32, 1.0))
-    _VALUES_BF16 = tl.constexpr(_rounded(torch.bfloat16, TABLE_SCALE))
-    _VALUES_FP16 = tl.constexpr(_rounded(torch.float16, TABLE_SCALE))
-    _VALUES_FP32 = tl.constexpr(_rounded(torch.float32, 1.0))
 
     @triton.jit
-    def _select(codes, DTYPE: tl.constexpr):
-        """The table by 16 selects, as float32: for the interpreter, which has no PTX."""
-        found = tl.zeros(codes.shape, tl.float32)
-        for i in tl.static_range(16):
-            if tl.bfloat16 == DTYPE:
-                found = tl.where(codes == i, _VALUES_BF16[i], found)
-            elif tl.float16 == DTYPE:
-                found = tl.where(codes == i, _VALUES_FP16[i], found)
-            else:
-                found = tl.where(codes == i, _VALUES_FP32[i], found)
-        return found
-
-    @triton.jit
-    def _emulated_lookup(words, DTYPE: tl.constexpr):
+    def _emulated_lookup(words, table_ptr):
         """What the PTX does with pairs of words, for the interpreter: four tensors like words, float32."""
         first, second = tl.split(tl.reshape(words.to(tl.int32), (words.shape[0], words.shape[1] // 2, 2)))
-        q0 = tl.join(_select((first >> 4) & 15, DTYPE), _select(first & 15, DTYPE))
-        q1 = tl.join(_select((first >> 12) & 15, DTYPE), _select((first >> 8) & 15, DTYPE))
-        q2 = tl.join(_select((second >> 4) & 15, DTYPE), _select(second & 15, DTYPE))
-        q3 = tl.join(_select((second >> 12) & 15, DTYPE), _select((second >> 8) & 15, DTYPE))
+        q0 = tl.join(tl.load(table_ptr + ((first >> 4) & 15)), tl.load(table_ptr + (first & 15)))
+        q1 = tl.join(tl.load(table_ptr + ((first >> 12) & 15)), tl.load(table_ptr + ((first >> 8) & 15)))
+        q2 = tl.join(tl.load(table_ptr + ((second >> 4) & 15)), tl.load(table_ptr + (second & 15)))
+        q3 = tl.join(tl.load(table_ptr + ((second >> 12) & 15)), tl.load(table_ptr + ((second >> 8) & 15)))
         return (
             tl.reshape(q0, words.shape), tl.reshape(q1, words.shape),
             tl.reshape(q2, words.shape), tl.reshape(q3, words.shape),
         )  # fmt: skip
 
     @triton.jit
-    def _lookup(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    def _lookup(words, table_ptr, DTYPE: tl.constexpr):
         """[N, 16] words of four codes -> q0 .. q3, where q_i[:, 2 p + e] is the value at k = 8 p + 2 i + e."""
-        if PTX:
+        if table_ptr is None:
             if tl.float32 == DTYPE:
                 return tl.inline_asm_elementwise(
                     _PTX_FP32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
@@ -454,7 +443,7 @@ if triton is not None:
                     dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
                 )  # fmt: skip
         else:
-            return _emulated_lookup(words, DTYPE)
+            return _emulated_lookup(words, table_ptr)
 
     @triton.jit
     def _quarters(tile):
@@ -482,13 +471,13 @@ if triton is not None:
             return absmax.to(tl.float32)
 
     @triton.jit
-    def _block_dot(words, x_pointers, scale, PTX: tl.constexpr):
+    def _block_dot(words, table_ptr, x_pointers, scale):
         """[N_TILE, 16] words of one block of 64 along k, times x: [64, ROW_TILE] -> [N_TILE, ROW_TILE] float32."""
         x = tl.load(x_pointers)
-        q0, q1, q2, q3 = _lookup(words, x.dtype, PTX)
+        q0, q1, q2, q3 = _lookup(words, table_ptr, x.dtype)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
         weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
-        if PTX:
+        if table_ptr is None:
             return tl.dot(weights, x) * scale
         else:
             return tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
@@ -518,9 +507,10 @@ if triton is not None:
     @triton.jit(do_not_specialize=["rows", "row_tiles"])  # one program for every batch size
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, bias_ptr, y_ptr, partial_ptr, counters_ptr,
+        table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
-        WIDE: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+        WIDE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
         if PDL:
@@ -558,10 +548,10 @@ if triton is not None:
                     w1 = tl.load(words_group + 16)
                     w2 = tl.load(words_group + 32)
                     w3 = tl.load(words_group + 48)
-                accumulator += _block_dot(w0, x_group, s0, PTX)
-                accumulator += _block_dot(w1, x_group + 64, s1, PTX)
-                accumulator += _block_dot(w2, x_group + 128, s2, PTX)
-                accumulator += _block_dot(w3, x_group + 192, s3, PTX)
+                accumulator += _block_dot(w0, table_ptr, x_group, s0)
+                accumulator += _block_dot(w1, table_ptr, x_group + 64, s1)
+                accumulator += _block_dot(w2, table_ptr, x_group + 128, s2)
+                accumulator += _block_dot(w3, table_ptr, x_group + 192, s3)
             else:
                 s0, s1 = _halves(scales)
                 if WIDE:
@@ -569,8 +559,8 @@ if triton is not None:
                 else:
                     w0 = tl.load(words_group)
                     w1 = tl.load(words_group + 16)
-                accumulator += _block_dot(w0, x_group, s0, PTX)
-                accumulator += _block_dot(w1, x_group + 64, s1, PTX)
+                accumulator += _block_dot(w0, table_ptr, x_group, s0)
+                accumulator += _block_dot(w1, table_ptr, x_group + 64, s1)
             scales = next_scales
 
         last_one = True
@@ -595,9 +585,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["blocks", "row_start", "start"])
     def _dequantise_kernel(
-        words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, out_ptr,
+        words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, out_ptr, table_ptr,
         blocks, width, row_width, row_start, start,
-        NESTED: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+        NESTED: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
         """BLOCKS blocks of 64 of a part of W: width blocks a row, out of row_width, from row_start and block start."""
         block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -606,7 +596,7 @@ if triton is not None:
         source = tl.where(inside, source, 0)
         words = tl.load(words_ptr + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
         scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, source, NESTED)
-        q0, q1, q2, q3 = _lookup(words, tl.float32, PTX)
+        q0, q1, q2, q3 = _lookup(words, table_ptr, tl.float32)
         values = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [BLOCKS, 2 p + e, i // 2, i % 2]
         values = tl.permute(tl.reshape(values, (BLOCKS, 8, 2, 4)), (0, 1, 3, 2))
         values = tl.reshape(values, (BLOCKS, 64)) * scales[:, None]
