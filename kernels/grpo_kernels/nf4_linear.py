@@ -4,7 +4,7 @@ The weight is [N, K] with K a multiple of 64. packed holds two 4-bit codes a byt
 weights share one absmax: W[n, k] = NF4[code[n, k]] * absmax[n, k // 64] (QLoRA, https://arxiv.org/abs/2305.14314).
 
     rows        path
-    1 to 256    fused: reads the 4-bit codes once and decodes them in registers (16-bit x, K a multiple of 256)
+    1 to 256    fused: reads the 4-bit codes once, decodes them in registers (Hopper, 16-bit x, K a multiple of 256)
     more        the weight dequantised into a buffer, by parts if it is large, and the vendor's matrix product
     no Triton   the whole weight dequantised in torch: the reference
 
@@ -99,8 +99,8 @@ def nf4_linear(
         absmax: [N * K / 64] floating point, contiguous, or a `NestedAbsmax`, decoded in the kernel.
         shape: (N, K), the weight's. K must be a multiple of 64.
         bias: [N], or None.
-        backend: None picks by device, dtype and rows: "fused" (Triton, 16-bit x), "dequantise" (Triton chunks and
-            the vendor's product) or "torch" (everything in torch).
+        backend: None picks by device, dtype and rows: "fused" (Triton; 16-bit x, K a multiple of 256), "dequantise"
+            (by a Triton kernel, then the vendor's product) or "torch" (everything in torch).
 
     Returns:
         [..., N], dtype of x.
@@ -234,21 +234,17 @@ CHUNK_BYTES = 256 << 20
 
 
 def _choose(x: Tensor, rows: int, k: int) -> Literal["fused", "dequantise", "torch"]:
-    if triton is None or not x.is_cuda:
+    if triton is None or not x.is_cuda or torch.version.hip:
         return "torch"
-    fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and _has_tensor_cores(x.device, x.dtype)
+    fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and _is_hopper(x.device)
     return "fused" if fused else "dequantise"
 
 
 @functools.cache
-def _has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
-    return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 5))
-
-
-@functools.cache
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before the one ahead of it has ended, and wait inside (2 us less a product)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_hopper(device: torch.device) -> bool:
+    """The fused kernel is the default only where it was run and its tiles measured (they take up to 105 KiB of shared
+    memory). Hopper also lets a kernel start before the one ahead of it has ended: 1 to 2 us less a product."""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _by_chunks(
@@ -337,7 +333,7 @@ def _fused(
         return y
     if tiles is None:
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4)
-        tiles = tiles._replace(pdl=x.is_cuda and _has_dependent_launch(x.device))
+        tiles = tiles._replace(pdl=x.is_cuda and _is_hopper(x.device))
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=x.dtype, device=x.device)
     counters = partial = None
