@@ -15,6 +15,7 @@ import hashlib
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +144,22 @@ def pretraining_examples(settings: Tiny, step: int) -> list[tuple[str, str]]:
 
 def pretrain(settings: Tiny, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A model that has learnt the examples by next-token prediction on the answers."""
+    with one_thread():
+        return _pretrain(settings, tokenizer)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For matrices as small as these: more threads mostly wait for each other, above all where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pretrain(settings: Tiny, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,0 +1,145 @@
+"""The quickstart recipe: repeatable, resumable, exact under accumulation, it learns, and it refuses bad input."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+from transformers import AutoTokenizer
+
+from grpo.cli import user_errors
+from grpo.run import command_line, strip_times
+from grpo.tiny import Tiny, tiny_model
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart_grpo.py"
+SMALL = "--prompts-per-step 2 --group-size 4 --max-completion-tokens 8 --eval-questions 5 --eval-every 1 --save-every 1"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("quickstart_grpo", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quickstart_grpo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny model, hardly trained."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    made = tiny_model(Tiny(steps=20, batch_size=8))
+    patch.undo()
+    return made
+
+
+@pytest.fixture
+def quickstart(recipe, folder, monkeypatch):
+    """Run the recipe with some arguments; returns the lines of its metrics.jsonl without times."""
+
+    def run(directory: Path, *words: object, model: object = folder) -> list[dict]:
+        where = [] if "--resume" in words else ["--run-dir", directory, "--model", model]
+        argv = [str(w) for w in [*where, *words]]
+        monkeypatch.setattr(sys, "argv", ["quickstart_grpo.py", *argv])
+        with user_errors():
+            recipe.main(tyro.cli(recipe.Args, args=command_line()))
+        return [strip_times(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def adapter(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def some_digits(recipe, monkeypatch):
+    """A reward that also a model which cannot add gets: the share of digits among its characters."""
+    monkeypatch.setattr(
+        recipe, "correct", lambda texts, golds: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
+    )
+
+
+@pytest.mark.usefixtures("some_digits")
+def test_one_seed_one_run(quickstart, tmp_path):
+    arguments = [*SMALL.split(), "--steps", 3]
+    first = quickstart(tmp_path / "a", *arguments)
+    assert [line["step"] for line in first] == [0, 1, 2, 3]
+    assert any(line["grad_norm"] > 0 for line in first[1:])
+    assert quickstart(tmp_path / "b", *arguments) == first
+    assert adapter(tmp_path / "a") == adapter(tmp_path / "b")
+    assert quickstart(tmp_path / "c", *arguments, "--seed", 1)[1:] != first[1:]
+    for name in ("rewards.png", "report.html", "run.json", "adapter/adapter_config.json"):
+        assert (tmp_path / "a" / name).stat().st_size > 0
+
+    # Stopped after one step and resumed, it ends where the unbroken run does.
+    quickstart(tmp_path / "d", *SMALL.split(), "--steps", 1)
+    assert quickstart(tmp_path / "d", "--resume", tmp_path / "d", "--steps", 3) == first
+    assert adapter(tmp_path / "d") == adapter(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("some_digits")
+def test_micro_batches_add_up(quickstart, tmp_path):
+    whole = quickstart(tmp_path / "a", *SMALL.split(), "--steps", 2)
+    parts = quickstart(tmp_path / "b", *SMALL.split(), "--steps", 2, "--micro-batch-tokens", 1)
+    for one, other in zip(whole, parts):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.usefixtures("some_digits")
+def test_it_learns_what_is_rewarded(quickstart, tmp_path):
+    arguments = "--steps 12 --group-size 8 --max-completion-tokens 8 --eval-questions 50 --learning-rate 1e-2"
+    lines = quickstart(tmp_path / "a", "--prompts-per-step", 4, *arguments.split())
+    assert lines[-1]["eval/pass_at_1"] > lines[0]["eval/pass_at_1"] + 0.3
+    assert lines[-1]["kl"] > 0.1 > lines[1]["kl"]
+
+
+BAD = {
+    "--steps 0": "--steps",
+    "--group-size 1": "--group-size",
+    "--max-prompt-tokens 5": "--max-prompt-tokens",
+    "--lora-targets nothing": "--lora-targets",
+    "--model ./nowhere": "--model",
+    "--beta 0 --kl k1": "--kl",
+    "--temperature 0": "--temperature",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line(quickstart, tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        quickstart(tmp_path / "a", *words.split())
+    assert stop.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert BAD[words] in errors[0]
+
+
+def test_a_run_is_never_overwritten(quickstart, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").touch()
+    with pytest.raises(SystemExit):
+        quickstart(tmp_path / "a")
+    assert "--run-dir" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
+
+
+def test_a_model_without_chat_template(quickstart, folder, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(SystemExit):
+        quickstart(tmp_path / "a", model=tmp_path / "model")
+    assert "chat template" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [1.0] * 5)  # as many as held-out questions, not samples
+    with pytest.raises(SystemExit):
+        quickstart(tmp_path / "a", *SMALL.split(), "--steps", 1)
+    assert "returned 5 rewards for 8" in capsys.readouterr().err
