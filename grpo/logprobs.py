@@ -37,7 +37,7 @@ def completion_logps(
     position = batch.prompt_lengths[row] + time  # of the token itself; position - 1 predicts it
     head = causal_lm(model).get_output_embeddings()
     logps, entropy = linear_logprob(
-        hidden[row, position - 1],
+        hidden[row, position - 1].to(head.weight.dtype),  # a final norm with fp32 weights gives fp32 under autocast
         head.weight,
         batch.ids[row, position],
         temperature=temperature,

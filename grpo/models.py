@@ -44,6 +44,12 @@ def resolve_model(model: str) -> str:
     return model
 
 
+def model_source(model: str) -> Path | list[str]:
+    """What stands for the model in a run's record: its folder, whose files are hashed, or the hub's name."""
+    folder = Path(resolve_model(model))
+    return folder if folder.is_dir() else [model]
+
+
 def cache_dir() -> Path:
     """Where models that the project itself makes are kept: $XDG_CACHE_HOME (or ~/.cache) / grpo-recipes."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo-recipes"
@@ -144,7 +150,7 @@ def load_policy(
     lora_rank: int,
     lora_alpha: int | None = None,
     lora_targets: str = "all-linear",
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     load_in_4bit: bool = True,
     gradient_checkpointing: bool = False,
     device: torch.device | str = "cpu",
@@ -184,16 +190,14 @@ def load_policy(
     base = _from_hub(
         "weights",
         model,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, **quantized
-        ),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantized),
     )
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.requires_grad_(False)
     if adapter:
-        policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        policy.load_adapter(adapter, adapter_name=REFERENCE, is_trainable=False)
+        policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        policy.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
         policy.set_adapter("default")
     else:
         torch.manual_seed(seed)

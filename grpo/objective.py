@@ -7,8 +7,8 @@ and ranks add up to those of one big batch. `docs/objectives.md` has the table o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ Average = Literal["sequence_mean", "sequence_sum", "token_mean", "local_token_me
 class Objective:
     """Flags of the objective. None: what the loss's own paper has (docs/objectives.md)."""
 
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "cispo", "sapo", "vespo", "reinforce"] = "dapo"
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "cispo", "sapo", "vespo", "reinforce"] = "grpo"
     """per-token loss, with its own ratio level, clip range and averaging"""
     level: Level | None = None
     """whose probability ratio: each token's, or the sequence's geometric mean (GSPO)"""
@@ -119,7 +119,7 @@ def policy_loss(
     old_logps: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
-    objective: Objective,
+    objective: Objective | None = None,
     *,
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
@@ -128,6 +128,7 @@ def policy_loss(
     token_count: Tensor | int | None = None,
     sequence_count: Tensor | int | None = None,
     max_completion_length: int | None = None,
+    **flags: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's part of the optimizer step's loss, and of its metrics.
 
@@ -137,7 +138,8 @@ def policy_loss(
             the batch is on policy, logps.detach().
         advantages: [batch], or [batch, time].
         mask: [batch, time] bool or 0 / 1: the tokens that count. A sequence with none is as if it were not there.
-        objective: see `Objective`.
+        objective: see `Objective`; None: its defaults.
+        flags: fields of the objective to set for this call: `policy_loss(..., loss="dapo", beta=0.04)`.
         ref_logps: [batch, time] nats, the reference policy; required with beta > 0.
         sampler_logps: [batch, time] nats, as the engine that sampled gave them. NaN: unknown, no correction there.
         entropy: [batch, time] nats; required with entropy_bonus (then differentiable) and top_entropy_quantile.
@@ -153,8 +155,10 @@ def policy_loss(
 
     Raises:
         ValueError: a shape does not fit or a required tensor is missing.
+        TypeError: a flag that no objective has.
     """
-    o, row = objective, LOSSES[objective.loss]
+    o = replace(objective or Objective(), **flags)
+    row = LOSSES[o.loss]
     average = o.average or row.average
     _check_tensors(logps, old_logps, advantages, mask, ref_logps, sampler_logps, entropy)
     if o.beta and ref_logps is None:

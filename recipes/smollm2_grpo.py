@@ -18,7 +18,7 @@ import torch
 import tyro
 from transformers import get_constant_schedule_with_warmup
 
-from grpo.advantages import Estimator, check_estimator, counted_samples, group_advantages, zero_variance_groups
+from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
 from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
@@ -30,6 +30,7 @@ from grpo.models import (
     encode_chat,
     load_policy,
     load_tokenizer,
+    model_source,
     reference_policy,
     stop_ids,
     trainable_parameters,
@@ -88,6 +89,8 @@ class Args:
     """scaling is alpha / rank"""
     lora_targets: str = "all-linear"
     """module names separated by commas, wildcards allowed, or all linear layers but the head"""
+    adapter: Path | None = None
+    """a trained adapter's folder to train further; its frozen copy is then the reference policy"""
     load_in_4bit: bool = True
     """NF4 weights; off: 16 bit on a GPU, 32 on a CPU"""
 
@@ -100,7 +103,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """mirror the metrics there"""
 
-    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(default_factory=Objective)
+    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Objective(loss="dapo"))
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=Estimator)
 
 
@@ -144,16 +147,24 @@ def main(args: Args) -> None:
         lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_targets=args.lora_targets,
+        adapter=args.adapter,
         load_in_4bit=args.load_in_4bit,
         device=world.device,
         seed=args.seed,
     )
     eos_ids, pad_id = stop_ids(args.model, tokenizer), tokenizer.pad_token_id
-    engine = make_engine(args.engine, model, eos_ids=eos_ids, pad_id=pad_id)
+    engine = make_engine(
+        args.engine,
+        model,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_completion_tokens=max_tokens,
+    )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = get_constant_schedule_with_warmup(optimizer, args.warmup_steps)
-    run.record_inputs(train=train, held_out=held_out)
+    run.record_inputs(model=model_source(args.model), train=train, held_out=held_out)
     run.restore(model, optimizer, scheduler)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -193,9 +204,9 @@ def main(args: Args) -> None:
             scores = score({"correct": correct}, texts, golds)
 
         # --- advantage: each answer against its group
-        advantages = group_advantages(
-            scores.total, args.group_size, scale=args.estimator.scale, baseline=args.estimator.baseline
-        )
+        advantages = estimate_advantages(
+            args.estimator, scores.total, args.group_size, by_function=scores.by_function
+        )  # [prompts * group_size]
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
 
@@ -222,7 +233,9 @@ def main(args: Args) -> None:
             for _ in range(args.num_iterations):
                 shares, loss = [], 0.0
                 for micro, old, ref in zip(micros, old_logps, ref_logps):
-                    logps, entropy = completion_logps(model, micro, temperature=args.temperature)
+                    logps, entropy = completion_logps(
+                        model, micro, temperature=args.temperature, entropy_grad=args.objective.entropy_bonus > 0
+                    )  # [batch, time] each
                     share, metrics = policy_loss(
                         logps,
                         old,

@@ -699,8 +699,8 @@ def test_merge_metrics(monkeypatch):
         ({"loss": "cispo", "delta": 3.0}, "--delta", "--loss cispo"),
         ({"loss": "vespo", "level": "sequence"}, "--level", "--loss vespo"),
         ({"loss": "reinforce", "level": "token"}, "--level", "--loss reinforce"),
-        ({"sapo_temperatures": (1.0, 2.0)}, "--sapo-temperatures", "--loss dapo"),
-        ({"vespo_shape": (1.0, 1.0, 1.0, 1.0)}, "--vespo-shape", "--loss dapo"),
+        ({"sapo_temperatures": (1.0, 2.0)}, "--sapo-temperatures", "--loss grpo"),
+        ({"vespo_shape": (1.0, 1.0, 1.0, 1.0)}, "--vespo-shape", "--loss grpo"),
         ({"kl": "k1"}, "--kl k1", "--beta 0"),
         ({"importance": "none", "importance_cap": 3.0}, "--importance-cap", "--importance none"),
         ({"importance": "none", "importance_floor": 0.5}, "--importance-floor", "--importance none"),
@@ -773,3 +773,17 @@ def test_flags():
     assert args.estimator == Estimator(scale="none", mask_truncated=True)
     for loss in LOSSES:
         check_objective(tyro.cli(Args, args=["--loss", loss]).objective)
+
+
+def test_flags_set_fields_of_the_objective():
+    """policy_loss(..., loss="dapo", beta=0.04) is policy_loss(..., Objective(loss="dapo", beta=0.04))."""
+    b = ragged_batch(seed=3)
+    by_flags, _ = policy_loss(b.logps, b.old_logps, b.advantages, b.mask, ref_logps=b.ref_logps, loss="dapo", beta=0.04)
+    objective = Objective(loss="dapo", beta=0.04)
+    by_object, _ = policy_loss(b.logps, b.old_logps, b.advantages, b.mask, objective, ref_logps=b.ref_logps)
+    default, _ = policy_loss(b.logps, b.old_logps, b.advantages, b.mask)
+    assert torch.equal(by_flags, by_object)
+    assert not torch.equal(by_flags, default)
+    assert torch.equal(default, policy_loss(b.logps, b.old_logps, b.advantages, b.mask, Objective(loss="grpo"))[0])
+    with pytest.raises(TypeError, match="epsilonn"):
+        policy_loss(b.logps, b.old_logps, b.advantages, b.mask, epsilonn=0.2)
