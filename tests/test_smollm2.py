@@ -1,0 +1,108 @@
+"""The SmolLM2 recipe on a tiny random Llama: both tasks, several iterations, a continued adapter, two processes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.objective import Objective
+from grpo.run import read_metrics
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "smollm2_grpo.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("smollm2_grpo", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["smollm2_grpo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small(recipe, model_folder, tmp_path, monkeypatch):
+    """The recipe's Args for a run of two steps, with a reward that random text gets too."""
+    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [float("w2" in t) for t in texts])
+
+    def args(name="run", **settings):
+        defaults = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "eval_questions": 4, "max_completion_tokens": 8}
+        return recipe.Args(model=model_folder(), run_dir=tmp_path / name, **(defaults | settings))
+
+    return args
+
+
+def gsm8k(folder: Path) -> Path:
+    """A data folder of our own few questions of GSM8K's form."""
+    lines = (ROOT / "tests" / "data" / "gsm8k_form.jsonl").read_text().splitlines()
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(lines[:-3]))
+    (folder / "test.jsonl").write_text("\n".join(lines[-3:]))
+    return folder
+
+
+def test_gsm8k_from_a_local_folder(recipe, small, tmp_path):
+    data = str(gsm8k(tmp_path / "data"))
+    recipe.main(small(task="gsm8k", data=data, max_prompt_tokens=200))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [("eval/pass_at_1" in line) for line in lines] == [True, False, True]
+    assert all(line["mismatch_mean"] < 1e-4 for line in lines[1:])  # sampler and trainer agree
+    with pytest.raises(ValueError, match="--max-prompt-tokens 3"):
+        recipe.main(small("other", task="gsm8k", data=data, max_prompt_tokens=3))
+    with pytest.raises(ValueError, match="--data .*nothing: .* give a local file"):
+        recipe.main(small("other", task="gsm8k", data=str(tmp_path / "nothing")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_several_iterations_leave_the_old_policy_and_move_the_kl(recipe, small, tmp_path):
+    settings = {"num_iterations": 3, "learning_rate": 3e-2, "warmup_steps": 0, "prompts_per_step": 4, "group_size": 8}
+    recipe.main(small(objective=Objective(loss="grpo", beta=0.1), **settings))
+    recipe.main(small("once", objective=Objective(loss="grpo", beta=0.1), **(settings | {"num_iterations": 1})))
+    several, once = (read_metrics(tmp_path / name / "metrics.jsonl")[1:] for name in ("run", "once"))
+    assert [line["ratio_max"] for line in once] == [1.0, 1.0]
+    assert all(line["ratio_max"] > 1.01 and line["approx_kl"] > 0 for line in several)
+    assert once[0]["kl"] == pytest.approx(0, abs=1e-6)  # the adapter starts as the base model, the reference
+    assert once[1]["kl"] > 1e-4
+
+
+def test_a_continued_adapter_is_its_own_reference(recipe, small, tmp_path):
+    recipe.main(small(learning_rate=3e-2, warmup_steps=0))
+    settings = {"adapter": tmp_path / "run" / "adapter", "objective": Objective(loss="dapo", beta=0.1)}
+    recipe.main(small("continued", **settings))
+    recipe.main(small("fresh", objective=settings["objective"]))
+    kl = [read_metrics(tmp_path / name / "metrics.jsonl")[1]["kl"] for name in ("continued", "fresh")]
+    assert kl == pytest.approx([0, 0], abs=1e-6)
+    config = json.loads((tmp_path / "continued" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 16
+
+
+def test_a_step_without_variance_changes_nothing(recipe, small, tmp_path, monkeypatch):
+    """No group counts, so there is no micro-batch at all: the run goes on, with its adapter as it was."""
+    from grpo.advantages import Estimator
+
+    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [1.0 for _ in texts])
+    recipe.main(small(estimator=Estimator(drop_zero_variance=True), warmup_steps=0))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert [line["zero_variance"] for line in lines] == [1.0, 1.0]
+    assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
+    assert [line["skipped_steps"] for line in lines] == [0, 0]
+
+
+def test_two_processes_write_one_run(model_folder, tmp_path):
+    """Under torchrun, over gloo: rank 0 writes, and the counts are those of both."""
+    words = f"--steps 2 --prompts-per-step 4 --group-size 4 --eval-questions 4 --max-completion-tokens 6 \
+        --model {model_folder()} --run-dir {tmp_path / 'run'}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(RECIPE)]
+    result = subprocess.run([*command, *words.split()], capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    kept = (tmp_path / "run" / "completions" / "train-000001.jsonl").read_text().splitlines()
+    assert len(kept) == 8  # rank 0's half of the 16
+    assert all(16 <= line["tokens"] <= 96 for line in lines[1:])
+    assert lines[1]["length"] == pytest.approx(lines[1]["tokens"] / 16)
