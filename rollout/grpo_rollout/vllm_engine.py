@@ -86,7 +86,7 @@ class VLLMEngine:
         kv_cache_dtype: str = "auto",
         prefix_caching: bool = True,
         dequantize: bool = False,
-        fused_nf4: bool = True,
+        fused_nf4: bool = False,
         cuda_graphs: bool = True,
         sleep: bool = True,
         check_every: int = 20,
