@@ -307,7 +307,14 @@ def main(args: Args) -> Evaluation:
     model = load_policy(
         args.model, adapter=args.adapter, lora_rank=1, load_in_4bit=args.load_in_4bit, device=device, seed=args.seed
     )
-    engine = make_engine(args.engine, model, eos_ids=stop_ids(args.model, tokenizer), pad_id=tokenizer.pad_token_id)
+    engine = make_engine(
+        args.engine,
+        model,
+        eos_ids=stop_ids(args.model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        max_prompt_tokens=max(len(encode(e.question)) for e in examples),
+        max_completion_tokens=args.max_tokens,
+    )
     engine.sync(model)
     numbers_only = all(parse_number(e.gold) for e in examples)
     with Sandbox() as sandbox:
