@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import importlib.util
 import os
 import sys
 import tempfile
@@ -63,6 +64,8 @@ def _gguf_folder(path: Path) -> Path:
     folder = cache_dir() / f"gguf-{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if folder.is_dir():
         return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"--model {path}: reading GGUF needs the package gguf: pip install -e '.[gguf]'")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
