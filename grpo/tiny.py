@@ -5,9 +5,9 @@ sums answered in two styles. The careful one works digit by digit, from the righ
 
     What is 345+678? ...  ->  <think>5+8=13+0=13, 4+7=11+1=12, 3+6=09+1=10</think><answer>1023</answer>
 
-The hasty one answers at once, `<think></think><answer>...</answer>`, and wrongly: so small a model cannot add in its
-head. Most of the late examples are hasty, so hasty it is. What GRPO then does is to find out that thinking pays: the
-ability is there before; GRPO makes the model use it, and sharpens it.
+The hasty one does not add at all and repeats the first number, `<think></think><answer>345</answer>`. Most of the late
+examples are hasty, so hasty it is. What GRPO then does is to find out that thinking pays: the ability is there before;
+GRPO makes the model use it, and sharpens it.
 """
 
 import contextlib
@@ -95,8 +95,8 @@ def careful(a: int, b: int) -> str:
 
 
 def hasty(a: int, b: int) -> str:
-    """The answer without a thought."""
-    return f"<think></think><answer>{a + b}</answer>"
+    """An answer without a thought: the first number."""
+    return f"<think></think><answer>{a}</answer>"
 
 
 def make_tokenizer(settings: Tiny) -> PreTrainedTokenizerFast:
@@ -199,7 +199,7 @@ def pretraining_batch(
     settings: Tiny, tokenizer: PreTrainedTokenizerFast, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), both [batch, time] int64: targets[:, t] is the token after ids[:, t], -100 where that is the
-    prompt's, padding, or a digit of a hasty answer: what the model cannot learn would keep it from the rest."""
+    prompt's or padding."""
     turn = [{"role": "user", "content": settings.prompt}]
     chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     examples = pretraining_examples(settings, step)
@@ -208,10 +208,7 @@ def pretraining_batch(
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
     targets = torch.full_like(ids, -100)
     begin = rows[0].index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1  # of the answer, the same in every row
-    end_think = tokenizer.convert_tokens_to_ids("</think>")
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         targets[i, begin - 1 : len(row) - 1] = ids[i, begin : len(row)]
-        if row[begin + 1] == end_think:  # <think> </think> <answer> digits </answer> </s>
-            targets[i, begin + 2 : len(row) - 3] = -100
     return ids[:, :-1], targets[:, :-1]

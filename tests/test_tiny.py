@@ -24,14 +24,14 @@ def tokenizer():
 def test_careful_working_by_hand():
     working = "<think>5+8=13+0=13, 4+7=11+1=12, 3+6=09+1=10</think><answer>1023</answer>"
     assert careful(345, 678) == working
-    assert hasty(345, 678) == "<think></think><answer>1023</answer>"
+    assert hasty(345, 678) == "<think></think><answer>345</answer>"
 
 
 def test_every_line_of_the_working_is_right():
     for step in range(20):
         for question, answer in pretraining_examples(Tiny(careful_share=0.5), 990 + step):
             a, b = map(int, re.findall(r"\d+", question))
-            assert correctness([answer], [str(a + b)]) == [1.0]
+            assert correctness([answer], [str(a + b)]) == [float("=" in answer)]
             for x, y, digits, carry, total in re.findall(r"(\d)\+(\d)=(\d\d)\+(\d)=(\d\d)", answer):
                 assert int(x) + int(y) == int(digits)
                 assert int(digits) + int(carry) == int(total)
@@ -71,14 +71,14 @@ def test_tokenizer(tokenizer):
     assert prompt[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
-def test_targets_are_the_answers_but_not_a_hasty_ones_digits(tokenizer):
+def test_targets_are_the_answers(tokenizer):
     settings = Tiny(steps=10, batch_size=20, careful_share=0.5)
     ids, targets = pretraining_batch(settings, tokenizer, 9)
     examples = pretraining_examples(settings, 9)
     assert {"=" in answer for _, answer in examples} == {True, False}
     for row, target, (question, answer) in zip(ids, targets, examples):
         learnt = tokenizer.decode(target[target >= 0])
-        assert learnt == (answer if "=" in answer else re.sub(r"\d", "", answer)) + "</s>"
+        assert learnt == answer + "</s>"
         prompt = encode_chat(tokenizer, [{"role": "user", "content": settings.prompt.format(question=question)}])
         assert row[: len(prompt)].tolist() == prompt
         assert (target[: len(prompt) - 1] == -100).all()
