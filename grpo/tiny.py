@@ -17,7 +17,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -201,7 +201,7 @@ def pretraining_batch(
     """(ids, targets), both [batch, time] int64: targets[:, t] is the token after ids[:, t], -100 where that is the
     prompt's or padding."""
     turn = [{"role": "user", "content": settings.prompt}]
-    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    chat: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     examples = pretraining_examples(settings, step)
     texts = [chat.format(question=question) + answer + tokenizer.eos_token for question, answer in examples]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
