@@ -170,14 +170,7 @@ def load_policy(
     of it then is the reference policy (its rank, alpha and targets count).
     seed: of the adapter's initial A (B is 0, so the policy starts as the base model).
     Raises ValueError, before weights are read, for a model, target or adapter that does not exist."""
-    folder = resolve_model(model)
-    config = _from_hub("config", model, lambda: AutoConfig.from_pretrained(folder))
-    if lora_rank < 1:
-        raise ValueError(f"--lora-rank {lora_rank} must be at least 1")
-    modules = target_modules(config, lora_targets)
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
-
+    folder, config, modules = check_policy(model, lora_rank=lora_rank, lora_targets=lora_targets, adapter=adapter)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device = torch.device(device)
@@ -217,6 +210,21 @@ def load_policy(
         )
     policy.train()
     return policy
+
+
+def check_policy(
+    model: str, *, lora_rank: int, lora_targets: str = "all-linear", adapter: str | Path | None = None
+) -> tuple[str, Any, list[str]]:
+    """(folder or hub name, config, names of the adapted modules), without reading a weight: what `load_policy` checks
+    first, for a recipe to check before it makes its run directory. Raises ValueError as `load_policy` does."""
+    folder = resolve_model(model)
+    config = _from_hub("config", model, lambda: AutoConfig.from_pretrained(folder))
+    if lora_rank < 1:
+        raise ValueError(f"--lora-rank {lora_rank} must be at least 1")
+    modules = target_modules(config, lora_targets)
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
+    return folder, config, modules
 
 
 def target_modules(config: Any, targets: str) -> list[str]:

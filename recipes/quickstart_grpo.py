@@ -23,10 +23,12 @@ from grpo.data import check_disjoint
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.models import (
+    check_policy,
     check_prompt_lengths,
     encode_chat,
     load_policy,
     load_tokenizer,
+    model_source,
     reference_policy,
     stop_ids,
     trainable_parameters,
@@ -90,7 +92,9 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """mirror the metrics there"""
 
-    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Objective(beta=0.001))
+    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: Objective(loss="dapo", beta=0.001)
+    )
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=Estimator)
 
 
@@ -107,6 +111,7 @@ def main(args: Args) -> None:
     world = init_distributed()
     folder = args.model or str(tiny_model(Tiny(prompt=PROMPT)))
     tokenizer = load_tokenizer(folder)
+    check_policy(folder, lora_rank=args.lora_rank, lora_targets=args.lora_targets)
     # Questions, and others that neither pretraining nor GRPO ever sees.
     train, held_out = tiny_examples(2000, "train"), tiny_examples(args.eval_questions, "test")
     check_disjoint(train, held_out)
@@ -127,11 +132,18 @@ def main(args: Args) -> None:
         seed=args.seed,
     )
     eos_ids, pad_id = stop_ids(folder, tokenizer), tokenizer.pad_token_id
-    engine = make_engine(args.engine, model, eos_ids=eos_ids, pad_id=pad_id)
+    engine = make_engine(
+        args.engine,
+        model,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_completion_tokens=args.max_completion_tokens,
+    )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    run.record_inputs(model=Path(folder) if Path(folder).is_dir() else [folder], train=train, held_out=held_out)
+    run.record_inputs(model=model_source(folder), train=train, held_out=held_out)
     run.restore(model, optimizer)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -142,14 +154,14 @@ def main(args: Args) -> None:
             completions = engine.generate([eval_prompts[i] for i in mine], 1, sampling, seed=world.rank)
             texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
             rewards = correct(texts, [held_out[i].gold for i in mine])
-        questions = [held_out[i].question for i in mine]
+        questions = [tokenizer.decode(eval_prompts[i]) for i in mine]
         run.save_completions(step, questions, texts, {"correct": rewards}, split="eval")
         means = all_means({"eval/pass_at_1": rewards, "eval/length": [len(c.token_ids) for c in completions]}, world)
         if step in (0, args.steps):
             run.say(
                 f"step {step}: pass@1 {means['eval/pass_at_1']:.3f} on {len(held_out)} held-out questions. A sample:"
             )
-            run.say(f"    {questions[0]}  {texts[0]}  {'right' if rewards[0] else 'wrong'}")
+            run.say(f"    {held_out[mine[0]].question}  {texts[0]}  {'right' if rewards[0] else 'wrong'}")
         return means
 
     if run.start_step == 0:
@@ -181,8 +193,7 @@ def main(args: Args) -> None:
         # Update: micro-batches, whose gradients add up to exactly that of the one big batch.
         with run.phase("train"):
             tokens, sequences = step_counts([t for t, c in zip(ids, counted) if c], world)
-            merged = []
-            for micro in micro_batches(
+            micros = micro_batches(
                 [prompts[i] for i in chosen for _ in range(args.group_size)],
                 ids,
                 [c.logps for c in completions],
@@ -191,10 +202,16 @@ def main(args: Args) -> None:
                 pad_id=pad_id,
                 device=world.device,
                 keep=counted,
-            ):
-                with reference_policy(model):  # the same model, its adapter switched off
-                    ref_logps, _ = completion_logps(model, micro, temperature=args.temperature)  # [batch, time]
-                logps, entropy = completion_logps(model, micro, temperature=args.temperature)  # [batch, time]
+            )
+            merged = []
+            for micro in micros:
+                ref_logps = None
+                if args.objective.beta:
+                    with reference_policy(model):  # the same model, its adapter switched off
+                        ref_logps, _ = completion_logps(model, micro, temperature=args.temperature)
+                logps, entropy = completion_logps(
+                    model, micro, temperature=args.temperature, entropy_grad=args.objective.entropy_bonus > 0
+                )  # [batch, time] each
                 loss, metrics = policy_loss(
                     logps,
                     None,  # on policy: the old log-probabilities are these
@@ -213,7 +230,7 @@ def main(args: Args) -> None:
             sum_gradients(parameters, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             objective = merge_metrics(merged, world)
-            if run.guard_finite(step, objective["loss"], grad_norm):
+            if run.guard_finite(step, objective["loss"], grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad()
 
@@ -232,7 +249,7 @@ def main(args: Args) -> None:
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)
-        questions = [train[i].question for i in chosen]
+        questions = [tokenizer.decode(prompts[i]) for i in chosen]
         run.save_completions(step, questions, texts, scores.by_function, advantages)
         if run.due(step):
             run.save(step, model, optimizer)

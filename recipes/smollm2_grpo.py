@@ -26,6 +26,7 @@ from grpo.data import arithmetic_examples, check_disjoint, load_examples
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.models import (
+    check_policy,
     check_prompt_lengths,
     encode_chat,
     load_policy,
@@ -127,6 +128,7 @@ def main(args: Args) -> None:
     check_estimator(args.estimator)
     world = init_distributed()
     tokenizer = load_tokenizer(args.model)
+    check_policy(args.model, lora_rank=args.lora_rank, lora_targets=args.lora_targets, adapter=args.adapter)
     if args.task == "arithmetic":
         train, held_out = (arithmetic_examples(split=split) for split in ("train", "test"))
     else:
