@@ -59,8 +59,11 @@ class Objective:
     """share of tokens, those of highest entropy, that keep their policy loss (paper: 0.2)"""
 
 
-def check_objective(objective: Objective) -> None:
-    """Refuse values out of range and flags that have no effect beside another: ValueError naming the flags."""
+def check_objective(objective: Objective, *, num_iterations: int | None = None) -> None:
+    """Refuse values out of range and flags that have no effect beside another: ValueError naming the flags.
+
+    num_iterations: optimizer steps on one batch, where the recipe knows them. With one the ratio is 1, and no bound
+    of it is ever reached."""
     o, default = objective, Objective()
     _known("loss", o.loss, LOSSES)
     _known("average", o.average or LOSSES[o.loss].average, AVERAGES)
@@ -95,6 +98,13 @@ def check_objective(objective: Objective) -> None:
     for name, wrong in useless:
         if wrong:
             raise ValueError(f"{_flag(name)} has no effect with --loss {o.loss}: drop one of the two")
+    if num_iterations == 1:
+        for name in ("epsilon", "epsilon_high", "delta"):
+            if getattr(o, name) is not None:
+                raise ValueError(
+                    f"{_flag(name)} has no effect with --num-iterations 1, where the ratio is always 1: drop it, or "
+                    f"take several optimizer steps a batch"
+                )
     if o.kl is not None and o.beta == 0:
         raise ValueError(f"--kl {o.kl} has no effect with --beta 0: give --beta or drop --kl")
     for name in ("importance_cap", "importance_floor"):

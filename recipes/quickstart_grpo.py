@@ -106,7 +106,7 @@ def correct(completions: list[str], golds: list[str]) -> list[float]:
 def main(args: Args) -> None:
     # Whatever can be wrong is found before anything expensive.
     check_args(args)
-    check_objective(args.objective)
+    check_objective(args.objective, num_iterations=1)
     check_estimator(args.estimator)
     world = init_distributed()
     folder = args.model or str(tiny_model(Tiny(prompt=PROMPT)))

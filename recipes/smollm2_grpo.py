@@ -124,7 +124,7 @@ def correct(completions: list[str], golds: list[str]) -> list[float]:
 def main(args: Args) -> None:
     # --- everything that can be wrong is found before the model is loaded
     check_args(args)
-    check_objective(args.objective)
+    check_objective(args.objective, num_iterations=args.num_iterations)
     check_estimator(args.estimator)
     world = init_distributed()
     tokenizer = load_tokenizer(args.model)

@@ -104,6 +104,7 @@ BAD = {
     "--lora-targets nothing": "--lora-targets",
     "--model ./nowhere": "--model",
     "--beta 0 --kl k1": "--kl",
+    "--epsilon 0.1": "--epsilon",
     "--temperature 0": "--temperature",
 }
 
