@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 Rewards = Sequence[float | None] | Tensor
@@ -53,7 +54,8 @@ def counted_samples(estimator: Estimator, zero_variance: Tensor, truncated: Sequ
     but for its part in its group's baseline."""
     counted = torch.ones(len(truncated), dtype=torch.bool)
     if estimator.drop_zero_variance:
-        counted &= ~zero_variance.cpu().repeat_interleave(len(truncated) // len(zero_variance))
+        group_size = len(truncated) // len(zero_variance)
+        counted &= ~repeat(zero_variance.cpu(), "prompts -> (prompts group)", group=group_size)
     if estimator.mask_truncated:
         counted &= ~torch.tensor(truncated)
     return counted
@@ -100,8 +102,9 @@ def group_advantages(
     if scale == "group":
         advantages = advantages / (_std(grouped, scored) + eps)
     elif scale == "batch":
-        advantages = advantages / (_std(grouped.reshape(1, -1), scored.reshape(1, -1)) + eps)
-    return advantages.flatten().float()
+        batch = (rearrange(x, "prompts group -> 1 (prompts group)") for x in (grouped, scored))
+        advantages = advantages / (_std(*batch) + eps)
+    return rearrange(advantages, "prompts group -> (prompts group)").float()
 
 
 def gdpo_advantages(
@@ -149,7 +152,7 @@ def _grouped(rewards: Rewards, group_size: int) -> tuple[Tensor, Tensor]:
         )
     if rewards.isinf().any():
         raise ValueError("rewards holds an infinity: return None or NaN for a sample that could not be scored")
-    grouped = rewards.double().reshape(-1, group_size)
+    grouped = rearrange(rewards.double(), "(prompts group) -> prompts group", group=group_size)
     scored = ~grouped.isnan()
     return torch.where(scored, grouped, 0.0), scored
 
