@@ -31,14 +31,15 @@ def check_args(args: Any) -> None:
     for field, (least, why) in _AT_LEAST.items():
         value = getattr(args, field, least)
         if value is not None and value < least:
-            raise ValueError(f"{_flag(field)} {value} is too small: at least {least} ({why})")
+            raise ValueError(f"{flag(field)} {value} is too small: at least {least} ({why})")
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
         if not value > 0:
-            raise ValueError(f"{_flag(field)} {value} must be above 0")
+            raise ValueError(f"{flag(field)} {value} must be above 0")
 
 
-def _flag(field: str) -> str:
+def flag(field: str) -> str:
+    """The command-line flag of a field."""
     return "--" + field.replace("_", "-")
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> Non
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(total.view_as(gradient))
+
+
+def all_gather(value: Any, world: World) -> list[Any]:
+    """One entry a rank, on every rank: any picklable object."""
+    values: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_means(columns: Mapping[str, Sequence[float | None]], world: World) -> dict[str, float]:

@@ -56,6 +56,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo-recipes"
 
 
+@contextlib.contextmanager
+def whole_or_not_at_all(folder: Path) -> Iterator[str]:
+    """A temporary folder beside `folder` to write into, which becomes `folder` when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        yield temporary
+        with contextlib.suppress(OSError):  # another process was first: its folder is as good
+            os.rename(temporary, folder)
+            os.mkdir(temporary)  # what TemporaryDirectory is about to remove
+
+
 def _gguf_folder(path: Path) -> Path:
     """The GGUF file dequantised to a bf16 transformers folder.
 
@@ -72,13 +83,9 @@ def _gguf_folder(path: Path) -> Path:
     fresh: Any = type(loaded)(type(loaded.config)(**settings))
     fresh.load_state_dict(loaded.state_dict(), strict=True)
     fresh.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with whole_or_not_at_all(folder) as temporary:
         fresh.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good
-            os.rename(temporary, folder)
-            os.mkdir(temporary)  # what TemporaryDirectory is about to remove
     return folder
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from grpo.distributed import World
+from grpo.cli import flag
+from grpo.distributed import World, all_gather
 from grpo_kernels.policy_terms import LOSSES, MAX_LOG_RATIO, Kl, Level, clip_range, clipped, policy_terms
 
 Importance = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -75,11 +75,11 @@ def check_objective(objective: Objective, *, num_iterations: int | None = None) 
     for name in ("epsilon", "epsilon_high", "delta", "importance_cap", "importance_floor"):
         value = getattr(o, name)
         if value is not None and not value > 0:
-            raise ValueError(f"{_flag(name)} is {value}: must be positive")
+            raise ValueError(f"{flag(name)} is {value}: must be positive")
     for name in ("beta", "entropy_bonus", "off_policy_threshold"):
         value = getattr(o, name)
         if value is not None and not value >= 0:
-            raise ValueError(f"{_flag(name)} is {value}: must not be negative")
+            raise ValueError(f"{flag(name)} is {value}: must not be negative")
     if not 0 < o.top_entropy_quantile <= 1:
         raise ValueError(f"--top-entropy-quantile is {o.top_entropy_quantile}: must be in (0, 1]; 1 keeps every token")
     if not all(tau > 0 for tau in o.sapo_temperatures):
@@ -97,19 +97,19 @@ def check_objective(objective: Objective, *, num_iterations: int | None = None) 
     ]
     for name, wrong in useless:
         if wrong:
-            raise ValueError(f"{_flag(name)} has no effect with --loss {o.loss}: drop one of the two")
+            raise ValueError(f"{flag(name)} has no effect with --loss {o.loss}: drop one of the two")
     if num_iterations == 1:
         for name in ("epsilon", "epsilon_high", "delta"):
             if getattr(o, name) is not None:
                 raise ValueError(
-                    f"{_flag(name)} has no effect with --num-iterations 1, where the ratio is always 1: drop it, or "
+                    f"{flag(name)} has no effect with --num-iterations 1, where the ratio is always 1: drop it, or "
                     f"take several optimizer steps a batch"
                 )
     if o.kl is not None and o.beta == 0:
         raise ValueError(f"--kl {o.kl} has no effect with --beta 0: give --beta or drop --kl")
     for name in ("importance_cap", "importance_floor"):
         if getattr(o, name) is not None and o.importance == "none":
-            raise ValueError(f"{_flag(name)} has no effect with --importance none: drop one of the two")
+            raise ValueError(f"{flag(name)} has no effect with --importance none: drop one of the two")
     if o.importance_floor is not None and o.importance_floor >= _cap(o):
         raise ValueError(f"--importance-floor {o.importance_floor} must be below --importance-cap {_cap(o)}")
     if o.importance.startswith("sequence") and row.folds_importance:
@@ -262,10 +262,7 @@ def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None =
         names = list(metrics[0])
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in metrics])
         rows = [dict(zip(names, row)) for row in values.tolist()]
-    if world is not None and world.size > 1:
-        of_ranks: list[list[dict[str, float]]] = [[]] * world.size
-        dist.all_gather_object(of_ranks, rows)
-        rows = [row for of_rank in of_ranks for row in of_rank]
+    rows = [row for of_rank in all_gather(rows, world or World()) for row in of_rank]
     if not rows:  # nothing counted in the step, as when --drop-zero-variance drops every group
         return {"loss": 0.0}
     return {name: (max if name.endswith("_max") else sum)(row[name] for row in rows) for name in rows[0]}
@@ -378,13 +375,9 @@ def _at_least_one(count: Tensor | int) -> Tensor | int:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _known(name: str, value: str, choices: Sequence[str] | Mapping[str, object]) -> None:
     if value not in choices:
-        raise ValueError(f"{_flag(name)} is {value!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"{flag(name)} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def _check_tensors(

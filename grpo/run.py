@@ -56,7 +56,7 @@ from grpo.checkpoint import (
     write_text,
 )
 from grpo.cli import check_args
-from grpo.distributed import World
+from grpo.distributed import World, all_gather, all_sum
 from grpo.report import write_curves, write_report
 from grpo.track import Tracker, check_tracker, open_tracker
 from grpo.watch import View, alarms
@@ -254,7 +254,7 @@ class Run:
         """Write a checkpoint of the state after `step`, then drop all but the newest `keep` and the best.
 
         A full disk does not end the run: it is reported, and the last good checkpoint stays."""
-        rng = _gather(rng_state(self.world.device), self.world)
+        rng = all_gather(rng_state(self.world.device), self.world)
         self._saved = step
         if not self.writes:
             return
@@ -373,10 +373,8 @@ class Run:
 
     def _any_rank(self, flag: bool) -> bool:
         if self.world.size == 1:
-            return flag
-        value = torch.tensor(int(flag), device=self.world.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+            return flag  # no tensor, and no waiting for the device, in every step
+        return bool(all_sum(torch.tensor(int(flag), device=self.world.device), self.world))
 
     @contextlib.contextmanager
     def _watch(self, total: int) -> Iterator[None]:
@@ -612,15 +610,6 @@ def _lock(directory: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-def _gather(value: Any, world: World) -> list[Any]:
-    """One entry a rank, on every rank."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _git_state(folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -12,9 +12,7 @@ GRPO makes the model use it, and sharpens it.
 
 import contextlib
 import hashlib
-import os
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo.data import Example, arithmetic_examples, in_held_out
-from grpo.models import cache_dir
+from grpo.models import cache_dir, whole_or_not_at_all
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, but not special: decoding keeps them
@@ -67,14 +65,10 @@ def tiny_model(settings: Tiny | None = None) -> Path:
     folder = cache_dir() / f"tiny-{key}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with whole_or_not_at_all(folder) as temporary:
         tokenizer = make_tokenizer(settings)
         pretrain(settings, tokenizer).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good
-            os.rename(temporary, folder)
-            os.mkdir(temporary)  # what TemporaryDirectory is about to remove
     return folder
 
 

@@ -1,6 +1,9 @@
 """Tiny random models of the supported architectures, with a word-level tokenizer and a chat template."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Triton decides at import whether kernels are compiled or interpreted: without a GPU they are interpreted.
 import torch
@@ -66,6 +69,15 @@ def write_model(folder, architecture: str = "llama", *, seed: int = 0, **setting
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     return folder
+
+
+def load_recipe(path: Path):
+    """A recipe as a module: its folder is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """The quickstart recipe: repeatable, resumable, exact under accumulation, it learns, and it refuses bad input."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import tyro
+from conftest import load_recipe
 from transformers import AutoTokenizer
 
 from grpo.cli import user_errors
@@ -19,11 +19,7 @@ SMALL = "--prompts-per-step 2 --group-size 4 --max-completion-tokens 8 --eval-qu
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("quickstart_grpo", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quickstart_grpo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe(RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """The SmolLM2 recipe on a tiny random Llama: both tasks, several iterations, a continued adapter, two processes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_recipe
 
 from grpo.objective import Objective
 from grpo.run import read_metrics
@@ -17,11 +17,7 @@ RECIPE = ROOT / "recipes" / "smollm2_grpo.py"
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("smollm2_grpo", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["smollm2_grpo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe(RECIPE)
 
 
 @pytest.fixture
