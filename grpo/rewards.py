@@ -343,7 +343,10 @@ def _values(
     def fail(index: int, error: BaseException) -> None:
         completion, gold = columns["completions"][index], columns["golds"][index]
         trace = "".join(traceback.format_exception(error))
-        failures.append(Failure(name, index, f"{type(error).__name__}: {error}"[:500], trace[-5000:], completion, gold))
+        message = f"{type(error).__name__}: {error}".strip()
+        if len(message) > 500:  # both ends tell: where it began, and the last line of a worker's traceback
+            message = f"{message[:150]} [...] {message[-340:]}"
+        failures.append(Failure(name, index, message, trace[-5000:], completion, gold))
         failed = len({f.sample for f in failures})
         if failed > max_failed_share * n:
             raise RuntimeError(

@@ -502,7 +502,8 @@ if __name__ == "__main__":
 
 
 def test_isolated_reward_of_a_recipe_file(tmp_path, sandbox):
-    path = tmp_path / "recipe.py"
+    path = tmp_path / ("long" * 40) / "recipe.py"  # the error must survive a long path in front of it
+    path.parent.mkdir()
     path.write_text(RECIPE)
     reward = isolated(f"{path}:reward", sandbox, columns=["questions"])
     scores = score({"r": reward}, ["x", "hang", "raise", "zz"], [""] * 4, questions=["", "", "", "q"])
