@@ -1,5 +1,6 @@
 """Log-probabilities of completion tokens under a causal language model, without ever holding all its logits."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -15,24 +16,28 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def last_hidden(model: nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
+def last_hidden(model: nn.Module, ids: torch.Tensor, *, offload: bool = False, **inputs: Any) -> Any:
     """The backbone's output (its `last_hidden_state`: [batch, time, hidden], after the final norm), without the head.
 
-    On CUDA under bf16 autocast: the adapter's master weights are fp32, the products are not."""
+    On CUDA under bf16 autocast: the adapter's master weights are fp32, the products are not.
+    offload: what is kept for the backward pass waits in the host's pinned memory. Under gradient checkpointing that
+    is each layer's input."""
     backbone = causal_lm(model).base_model
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+    kept = torch.autograd.graph.save_on_cpu(pin_memory=ids.is_cuda) if offload else contextlib.nullcontext()
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"), kept:
         return backbone(input_ids=ids, **inputs)
 
 
 def completion_logps(
-    model: nn.Module, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
+    model: nn.Module, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False, offload: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy at every completion token: log softmax(logits / temperature)[token].
 
     Returns (logps, entropy), each [batch, time] float32, nats, 0 at padding. logps is differentiable in the
     model's trainable weights; entropy too if `entropy_grad`. Only completion positions pass the head.
+    offload: see `last_hidden`; for sequences so long that the layers' inputs are what fills the card.
     temperature must be the sampler's (> 0), or the ratio of trainer to sampler is not 1 on policy."""
-    hidden = last_hidden(model, batch.ids, use_cache=False).last_hidden_state
+    hidden = last_hidden(model, batch.ids, offload=offload, use_cache=False).last_hidden_state
     row, time = batch.mask.nonzero(as_tuple=True)
     position = batch.prompt_lengths[row] + time  # of the token itself; position - 1 predicts it
     head = causal_lm(model).get_output_embeddings()

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig
 
-from grpo_rollout.sizing import GIB, KV_BLOCK, Dims, dims, engine_sizes, kv_bytes_per_token, working_bytes
+from grpo.memory import GIB, Dims, dims
+from grpo_rollout.sizing import KV_BLOCK, engine_sizes, kv_bytes_per_token, working_bytes
 
 LLAMA_8B = Dims(layers=32, hidden=4096, intermediate=14336, kv_heads=8, head_dim=128, vocab=128_256)
 

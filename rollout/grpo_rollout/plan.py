@@ -1,0 +1,179 @@
+"""What a run takes of a card, by part and phase, before a weight is read; and the sizes that keep it within a limit."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo.memory import GIB, Dims, PolicySize, dims, policy_size, training_bytes
+from grpo_rollout.sizing import engine_sizes, kv_bytes_per_token
+
+CONTEXT_BYTES = int(0.65 * GIB)
+"""CUDA's context, its libraries and their workspaces, as measured on an H100"""
+GRAPH_BYTES = GIB // 2
+"""what the engine's captured graphs and buffers hold at rest"""
+LONGEST_MICRO_BATCH = 16_384
+"""tokens; larger micro-batches are no faster"""
+DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.64e12, 2.5e12, 3.4e14
+"""one H100's with Llama 3.1 8B (8 x 256 tokens: 7.2 ms a decode step, 0.57 s of training), for a rough forecast"""
+
+
+class Plan(NamedTuple):
+    limit: int | None
+    """bytes of the card that may be in use; None where there is neither a card nor --gpu-memory-gb"""
+    resident: dict[str, int]
+    """bytes in use all the time, by part"""
+    generate: dict[str, int]
+    """bytes in use beside those while sampling"""
+    train: dict[str, int]
+    """bytes in use beside those while training"""
+    sequences: int
+    """decoded at a time"""
+    micro_batch_tokens: int
+    """padded tokens of one forward and backward pass"""
+    offload: bool
+    """whether the layers' inputs wait for the backward pass in the host's memory"""
+    tokens_per_step: int
+    """prompt and completion, if every completion is as long as can be; of this process"""
+    generate_seconds: float
+    """of a step with the longest completions, on an H100: a forecast"""
+    train_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """bytes of the fuller phase"""
+        return sum(self.resident.values()) + max(sum(self.generate.values()), sum(self.train.values()))
+
+    @property
+    def engine_gb(self) -> float | None:
+        """GiB that the engine may fill: the limit, less what the optimizer takes after the first step."""
+        return None if self.limit is None else (self.limit - self.resident["optimizer"]) / GIB
+
+
+def make_plan(
+    config: Any,
+    modules: list[str],
+    *,
+    lora_rank: int,
+    sequences: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    micro_batch_tokens: int | None = None,
+    load_in_4bit: bool = True,
+    gpu_memory_gb: float | None = None,
+    kv_cache_dtype: str = "auto",
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """The plan of a run: sequences at a time, tokens of a micro-batch and offloading so that both phases fit.
+
+    config, modules: of `grpo.models.check_policy`. sequences: sampled in a step by this process.
+    micro_batch_tokens: None takes what fits, at most 16,384. gpu_memory_gb: GiB of the card for the whole process, as
+    nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where a
+    micro-batch of one longest sequence would not fit else.
+    Raises ValueError, with the memory by part and naming the flags, where nothing fits."""
+    if gpu_memory_gb is not None and gpu_memory_gb <= 0:
+        raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
+    device = torch.device(device)
+    model = dims(config)
+    size = policy_size(config, modules, lora_rank=lora_rank, load_in_4bit=load_in_4bit)
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    if gpu_memory_gb is not None and total is not None and gpu_memory_gb * GIB > total:
+        raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} is more than the card has ({total / GIB:.1f} GiB)")
+    limit = int(gpu_memory_gb * GIB) if gpu_memory_gb is not None else int(total * 0.97) if total is not None else None
+
+    longest = max_prompt_tokens + max_completion_tokens
+    resident = {
+        "CUDA context": CONTEXT_BYTES,
+        "weights, 4 bit": size.quantized_bytes,
+        "weights, 16 bit": size.dense_bytes,
+        "adapter and gradients": size.adapter_bytes,
+        "optimizer": size.optimizer_bytes,
+    }
+    room = (1 << 62) if limit is None else limit
+    engine = engine_sizes(
+        model,
+        total_bytes=room,
+        free_bytes=room - sum(resident.values()) - 2 * size.trainable,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        sequences=sequences,
+        budget_bytes=room,
+        kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else 2,
+    )
+    resident["engine: graphs, adapter's copy"] = GRAPH_BYTES + 2 * size.trainable
+    generate = {"KV cache": engine.kv_cache_bytes, "work": engine.working_bytes - GRAPH_BYTES}
+
+    def work(tokens: int, offload: bool) -> int:
+        rows = max(1, tokens // longest)
+        return training_bytes(
+            model,
+            size,
+            tokens=max(tokens, longest),
+            completion_tokens=rows * max_completion_tokens,
+            offload=offload,
+        )
+
+    left = room - sum(resident.values())
+    rows = [micro_batch_tokens] if micro_batch_tokens else [n * longest for n in _rows(longest, sequences)]
+    choices = [(tokens, False) for tokens in rows] + [(rows[-1], True)]
+    chosen = next((c for c in choices if work(*c) <= left), None)
+    if chosen is None:
+        need = sum(resident.values()) + work(*choices[-1])
+        parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in resident.items())
+        raise ValueError(
+            f"training on {max(rows[-1], longest)} tokens at a time needs {need / GIB:.1f} GiB ({parts}, work "
+            f"{work(*choices[-1]) / GIB:.2f}), more than the {room / GIB:.1f} allowed; raise --gpu-memory-gb, or lower "
+            "--max-completion-tokens, --micro-batch-tokens or --lora-rank"
+        )
+    tokens, offload = chosen
+    seconds = _forecast(model, size, sequences, engine.max_num_seqs, max_prompt_tokens, max_completion_tokens)
+    return Plan(
+        limit,
+        resident,
+        generate,
+        {"layers' inputs, one layer, head": work(tokens, offload)},
+        engine.max_num_seqs,
+        tokens,
+        offload,
+        sequences * longest,
+        *seconds,
+    )
+
+
+def _rows(longest: int, sequences: int) -> range:
+    """Sequences of a micro-batch that are worth trying, most first."""
+    return range(min(sequences, max(1, LONGEST_MICRO_BATCH // longest)), 0, -1)
+
+
+def _forecast(
+    model: Dims, size: PolicySize, sequences: int, at_a_time: int, prompt_tokens: int, completion_tokens: int
+) -> tuple[float, float]:
+    """Seconds to generate and to train a step whose completions are all as long as can be, on an H100."""
+    weights = size.quantized_bytes + 2 * model.vocab * model.hidden  # one 16-bit matrix, the head, is read a token
+    keys = at_a_time * (prompt_tokens + completion_tokens / 2) * kv_bytes_per_token(model)
+    rounds = -(-sequences // at_a_time)
+    generate = (
+        rounds * completion_tokens * (weights * (1 + at_a_time / 100) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
+    )
+    # Forward, recomputed forward, and the gradient of the inputs: frozen weights need none of their own.
+    train = sequences * (prompt_tokens + completion_tokens) * 6 * size.parameters / TRAIN_FLOPS
+    return generate, train
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table, for --dry-run."""
+    lines = [f"{'memory, GiB':34}{'always':>9}{'generate':>10}{'train':>9}"]
+    lines += [f"  {name:32}{value / GIB:9.2f}" for name, value in plan.resident.items()]
+    lines += [f"  {name:32}{'':9}{value / GIB:10.2f}" for name, value in plan.generate.items()]
+    lines += [f"  {name:32}{'':19}{value / GIB:9.2f}" for name, value in plan.train.items()]
+    always = sum(plan.resident.values())
+    sums = [always, always + sum(plan.generate.values()), always + sum(plan.train.values())]
+    limit = "no limit" if plan.limit is None else f"limit {plan.limit / GIB:.2f}"
+    lines.append(f"  {'in all, ' + limit:32}{sums[0] / GIB:9.2f}{sums[1] / GIB:10.2f}{sums[2] / GIB:9.2f}")
+    kept = "wait in the host's memory" if plan.offload else "stay on the card"
+    lines += [
+        f"{plan.tokens_per_step:,} tokens a step at most; {plan.sequences} sequences decoded at a time, "
+        f"{plan.micro_batch_tokens:,} tokens a micro-batch; layers' inputs {kept}",
+        f"forecast for one H100, every completion at its limit: {plan.generate_seconds:.0f} s to generate, "
+        f"{plan.train_seconds:.0f} s to train a step",
+    ]
+    return "\n".join(lines)
