@@ -82,8 +82,8 @@ def policy_size(config: Any, modules: list[str], *, lora_rank: int, load_in_4bit
         skeleton = AutoModelForCausalLM.from_config(config)
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if settings and not settings.get("load_in_4bit"):
-        load_in_4bit = False
+    if settings:  # a checkpoint that is already quantised is loaded as it is
+        load_in_4bit = bool(settings.get("load_in_4bit"))
     left_out = list(settings.get("llm_int8_skip_modules") or ())
     head = skeleton.get_output_embeddings()
     quantized = largest = trainable = 0

@@ -11,6 +11,8 @@ CONTEXT_BYTES = int(0.65 * GIB)
 """CUDA's context, its libraries and their workspaces, as measured on an H100"""
 GRAPH_BYTES = GIB // 2
 """what the engine's captured graphs and buffers hold at rest"""
+FRAGMENT_BYTES = GIB // 4
+"""what PyTorch's allocator holds back in pieces too small to use"""
 LONGEST_MICRO_BATCH = 16_384
 """tokens; larger micro-batches are no faster"""
 DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.64e12, 2.5e12, 3.4e14
@@ -112,12 +114,12 @@ def make_plan(
             offload=offload,
         )
 
-    left = room - sum(resident.values())
+    left = room - sum(resident.values()) - FRAGMENT_BYTES
     rows = [micro_batch_tokens] if micro_batch_tokens else [n * longest for n in _rows(longest, sequences)]
     choices = [(tokens, False) for tokens in rows] + [(rows[-1], True)]
     chosen = next((c for c in choices if work(*c) <= left), None)
     if chosen is None:
-        need = sum(resident.values()) + work(*choices[-1])
+        need = sum(resident.values()) + work(*choices[-1]) + FRAGMENT_BYTES
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in resident.items())
         raise ValueError(
             f"training on {max(rows[-1], longest)} tokens at a time needs {need / GIB:.1f} GiB ({parts}, work "
@@ -130,7 +132,7 @@ def make_plan(
         limit,
         resident,
         generate,
-        {"layers' inputs, one layer, head": work(tokens, offload)},
+        {"layers' inputs, one layer, head": work(tokens, offload), "fragments": FRAGMENT_BYTES},
         engine.max_num_seqs,
         tokens,
         offload,
