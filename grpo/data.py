@@ -196,6 +196,12 @@ def by_hash(examples: Sequence[Example], split: str, *, share: float = 0.05) -> 
     return [e for e in examples if in_held_out(e.question, share) == (split != "train")]
 
 
+def fixed_sample(examples: Sequence[Example], n: int) -> list[Example]:
+    """`n` of the examples (all, where there are fewer), by the questions' hashes: the same ones whatever their order in
+    the file, and not those of its first chapter only."""
+    return sorted(examples, key=lambda e: question_hash(e.question))[:n]
+
+
 def check_disjoint(train: Iterable[Example], test: Iterable[Example]) -> None:
     """Raise ValueError, with the first such question, where a training question is also a test question."""
     hashes = {question_hash(e.question) for e in train}

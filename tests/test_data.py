@@ -17,6 +17,7 @@ from grpo.data import (
     check_disjoint,
     countdown_examples,
     drop_long,
+    fixed_sample,
     in_held_out,
     load_examples,
     question_hash,
@@ -308,3 +309,13 @@ def test_countdown_splits():
         countdown_examples(5, numbers=1)
     with pytest.raises(ValueError, match="could not be found"):
         countdown_examples(5, numbers=2, max_number=1)
+
+
+def test_a_fixed_sample_depends_on_the_questions_alone():
+    examples = arithmetic_examples(60)
+    sample = fixed_sample(examples, 20)
+    assert sample == fixed_sample(examples[::-1], 20)
+    assert sample[:5] == fixed_sample(examples, 5)
+    assert len(set(sample)) == 20
+    assert sample != examples[:20]  # not the file's beginning
+    assert sorted(fixed_sample(examples, 1000)) == sorted(examples)
