@@ -13,6 +13,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from grpo.distributed import World, all_gather
+
 Rewards = Sequence[float | None] | Tensor
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["mean", "rloo"]
@@ -68,13 +70,24 @@ def estimate_advantages(
     *,
     by_function: Mapping[str, Rewards] | None = None,
     weights: Sequence[float] | None = None,
+    world: World | None = None,
 ) -> Tensor:
-    """`group_advantages` of the total rewards or `gdpo_advantages` of each function's, as the flags say."""
+    """`group_advantages` of the total rewards or `gdpo_advantages` of each function's, as the flags say.
+
+    total, by_function: this rank's rewards, whole groups; returns this rank's advantages.
+    world: "the batch" of --scale batch and --aggregate gdpo is the whole step's, of all ranks. Every rank must call it.
+    """
+    if estimator.aggregate == "gdpo" and by_function is None:
+        raise ValueError("by_function is None with --aggregate gdpo: pass each reward function's values")
+    world = world or World()
+    mine = [total] if estimator.aggregate == "sum" else list((by_function or {}).values())
+    ranks = all_gather([_tensor(rewards) for rewards in mine], world)  # [ranks][functions][the rank's samples]
+    step = [torch.cat(of_function) for of_function in zip(*ranks)]
     if estimator.aggregate == "gdpo":
-        if by_function is None:
-            raise ValueError("by_function is None with --aggregate gdpo: pass each reward function's values")
-        return gdpo_advantages(list(by_function.values()), group_size, weights=weights)
-    return group_advantages(total, group_size, scale=estimator.scale, baseline=estimator.baseline)
+        advantages = gdpo_advantages(step, group_size, weights=weights)
+    else:
+        advantages = group_advantages(step[0], group_size, scale=estimator.scale, baseline=estimator.baseline)
+    return advantages.split([len(of_rank[0]) for of_rank in ranks])[world.rank]
 
 
 def group_advantages(
@@ -140,19 +153,25 @@ def zero_variance_groups(rewards: Rewards, group_size: int) -> Tensor:
     return highest <= lowest
 
 
+def _tensor(rewards: Rewards) -> Tensor:
+    """[samples] float64; NaN where not scored."""
+    if isinstance(rewards, Tensor):
+        return rewards.double()
+    return torch.tensor([float("nan") if r is None else float(r) for r in rewards], dtype=torch.float64)
+
+
 def _grouped(rewards: Rewards, group_size: int) -> tuple[Tensor, Tensor]:
     """([prompts, group_size] float64 with 0 where not scored, bool: scored)."""
     if group_size < 2:
         raise ValueError(f"group_size is {group_size}: at least 2 samples a prompt are needed for a baseline")
-    if not isinstance(rewards, Tensor):
-        rewards = torch.tensor([float("nan") if r is None else float(r) for r in rewards], dtype=torch.float64)
+    rewards = _tensor(rewards)
     if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
         raise ValueError(
             f"rewards is {list(rewards.shape)}: must be [prompts * group_size] with group_size {group_size}"
         )
     if rewards.isinf().any():
         raise ValueError("rewards holds an infinity: return None or NaN for a sample that could not be scored")
-    grouped = rearrange(rewards.double(), "(prompts group) -> prompts group", group=group_size)
+    grouped = rearrange(rewards, "(prompts group) -> prompts group", group=group_size)
     scored = ~grouped.isnan()
     return torch.where(scored, grouped, 0.0), scored
 

@@ -41,14 +41,14 @@ def all_sum(values: torch.Tensor, world: World) -> torch.Tensor:
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
     """Sum `.grad` over ranks in place. Sum, not mean: each rank's loss is already divided by the counts of the
-    whole optimizer step, so the sum is the gradient of the one big batch. A rank whose micro-batches were
-    empty takes part with zeros."""
-    if world.size == 1:
-        return
+    whole optimizer step, so the sum is the gradient of the one big batch. A parameter without one gets zeros, on one
+    rank too: the optimizer's next step then is the same however the step was cut into ranks and micro-batches."""
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    if world.size == 1:
+        return
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1).float() for g in gradients])  # one collective, not one a parameter
     dist.all_reduce(flat)

@@ -1,6 +1,7 @@
 """Log-probabilities of completion tokens under a causal language model, without ever holding all its logits."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from peft import PeftModel
 from torch import nn
 
 from grpo.batch import MicroBatch
+from grpo.distributed import World
+from grpo.objective import Objective, entropy_threshold
 from grpo_kernels.linear_logprob import linear_logprob
 
 
@@ -29,12 +32,20 @@ def last_hidden(model: nn.Module, ids: torch.Tensor, *, offload: bool = False, *
 
 
 def completion_logps(
-    model: nn.Module, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False, offload: bool = False
+    model: nn.Module,
+    batch: MicroBatch,
+    *,
+    temperature: float = 1.0,
+    entropy_grad: bool = False,
+    offload: bool = False,
+    grad_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy at every completion token: log softmax(logits / temperature)[token].
 
     Returns (logps, entropy), each [batch, time] float32, nats, 0 at padding. logps is differentiable in the
     model's trainable weights; entropy too if `entropy_grad`. Only completion positions pass the head.
+    grad_rows: [batch] bool, sequences whose gradient is wanted (`grpo.objective.rows_with_gradient`); the others' is
+    zero, and the head's part of it is saved. None: all. Values are the same.
     offload: see `last_hidden`; for sequences so long that the layers' inputs are what fills the card.
     temperature must be the sampler's (> 0), or the ratio of trainer to sampler is not 1 on policy."""
     hidden = last_hidden(model, batch.ids, offload=offload, use_cache=False).last_hidden_state
@@ -49,6 +60,19 @@ def completion_logps(
         softcap=getattr(causal_lm(model).config, "final_logit_softcapping", None),
         bias=getattr(head, "bias", None),
         entropy_grad=entropy_grad,
+        grad_rows=None if grad_rows is None else grad_rows[row],
     )
     empty = logps.new_zeros(batch.mask.shape)
     return empty.index_put((row, time), logps), empty.index_put((row, time), entropy)
+
+
+def step_entropy_threshold(
+    model: nn.Module, micros: Sequence[MicroBatch], objective: Objective, *, temperature: float, world: World
+) -> torch.Tensor | None:
+    """The entropy from which on a token of this step counts as high (`grpo.objective.entropy_threshold`), by a pass of
+    its own over the step's micro-batches; None, and no pass, where the objective does not ask for it."""
+    if objective.top_entropy_quantile == 1:
+        return None
+    with torch.no_grad():
+        entropies = [completion_logps(model, m, temperature=temperature)[1] for m in micros]
+    return entropy_threshold(objective, entropies, [m.mask for m in micros], world)

@@ -56,7 +56,8 @@ class Objective:
     entropy_bonus: float = 0.0
     """weight of the mean token entropy, subtracted from the loss"""
     top_entropy_quantile: float = 1.0
-    """share of tokens, those of highest entropy, that keep their policy loss (paper: 0.2)"""
+    """share of a step's tokens, those of highest entropy, that keep their policy loss (paper: 0.2); below 1 it takes a
+    pass of its own before the first update"""
 
 
 def check_objective(objective: Objective, *, num_iterations: int | None = None) -> None:
@@ -154,7 +155,8 @@ def policy_loss(
         sampler_logps: [batch, time] nats, as the engine that sampled gave them. NaN: unknown, no correction there.
         entropy: [batch, time] nats; required with entropy_bonus (then differentiable) and top_entropy_quantile.
         entropy_threshold: entropy from which a token counts as high; None: the quantile over this micro-batch, the
-            one place where micro-batches do not add up to the one big batch (beside bnpo). See `entropy_quantile`.
+            one place where micro-batches do not add up to the one big batch (beside bnpo). The step's own:
+            `grpo.objective.entropy_threshold`.
         token_count, sequence_count: tokens and sequences in the masks of the WHOLE optimizer step, all micro-batches
             and ranks. None: of this batch.
         max_completion_length: tokens; required by average 'constant' (dr_grpo).
@@ -253,6 +255,18 @@ def policy_loss(
     return loss, metrics
 
 
+def rows_with_gradient(objective: Objective, advantages: Tensor, mask: Tensor) -> Tensor | None:
+    """[batch] bool: the sequences that `policy_loss` gives a gradient; None: all of them may have one.
+
+    Every loss of the table is proportional to the advantage of its token, at level 'sequence' to those of the
+    sequence's tokens (tested for all of `LOSSES`), so without KL and entropy bonus a sequence of advantage 0 has none.
+    advantages: [batch] or [batch, time]; mask: [batch, time]."""
+    if objective.beta or objective.entropy_bonus:
+        return None
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    return ((advantages != 0) & mask.bool()).any(-1)
+
+
 def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None = None) -> dict[str, float]:
     """A step's metrics from those of its micro-batches, and of all ranks: sums, but maxima of names ending in
     '_max'. Waits for the device once. Every rank must call it; one without micro-batches brings an empty list.
@@ -315,11 +329,19 @@ AVERAGES: dict[str, Callable[[Tensor, Tensor, Counts], Tensor]] = {
 # Masks and weights
 
 
-def mask_truncated(mask: Tensor, truncated: Tensor | Sequence[bool]) -> Tensor:
-    """The mask without sequences cut off by the token limit (DAPO's overlong filtering, arXiv 2503.14476).
+def entropy_threshold(
+    objective: Objective, entropies: Sequence[Tensor], masks: Sequence[Tensor], world: World | None = None
+) -> Tensor | None:
+    """The `entropy_threshold` of the whole optimizer step for `policy_loss`; None where the objective needs none.
 
-    mask: [batch, time]; truncated: [batch] bool. Count `token_count` and `sequence_count` after this."""
-    return mask * ~torch.as_tensor(truncated, device=mask.device)[:, None]
+    entropies, masks: [batch, time] of each micro-batch, from a pass without gradient before the first update.
+    Every rank must call it; one without micro-batches brings empty lists."""
+    if objective.top_entropy_quantile == 1:
+        return None
+    found = [entropy[mask.bool()].cpu() for entropy, mask in zip(entropies, masks)]
+    found = [part for of_rank in all_gather(found, world or World()) for part in of_rank]
+    device = entropies[0].device if entropies else None
+    return entropy_quantile(torch.cat([torch.zeros(0), *found]), objective.top_entropy_quantile).to(device)
 
 
 def entropy_quantile(entropies: Tensor, share: float) -> Tensor:

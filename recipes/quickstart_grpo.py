@@ -21,7 +21,7 @@ from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
 from grpo.data import check_disjoint
 from grpo.distributed import all_means, init_distributed, sum_gradients
-from grpo.logprobs import completion_logps
+from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
     check_policy,
     check_prompt_lengths,
@@ -33,7 +33,7 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
 from grpo.rewards import correctness, score
 from grpo.run import command_line, start_run
 from grpo.sampler import prompt_indices
@@ -185,7 +185,7 @@ def main(args: Args) -> None:
 
         # Advantage: how much better than its group's mean, in the group's standard deviations.
         advantages = estimate_advantages(
-            args.estimator, scores.total, args.group_size, by_function=scores.by_function
+            args.estimator, scores.total, args.group_size, by_function=scores.by_function, world=world
         )  # [prompts * group_size]
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
@@ -203,6 +203,7 @@ def main(args: Args) -> None:
                 device=world.device,
                 keep=counted,
             )
+            threshold = step_entropy_threshold(model, micros, args.objective, temperature=args.temperature, world=world)
             merged = []
             for micro in micros:
                 ref_logps = None
@@ -210,7 +211,11 @@ def main(args: Args) -> None:
                     with reference_policy(model):  # the same model, its adapter switched off
                         ref_logps, _ = completion_logps(model, micro, temperature=args.temperature)
                 logps, entropy = completion_logps(
-                    model, micro, temperature=args.temperature, entropy_grad=args.objective.entropy_bonus > 0
+                    model,
+                    micro,
+                    temperature=args.temperature,
+                    entropy_grad=args.objective.entropy_bonus > 0,
+                    grad_rows=rows_with_gradient(args.objective, micro.advantages, micro.mask),
                 )  # [batch, time] each
                 loss, metrics = policy_loss(
                     logps,
@@ -221,6 +226,7 @@ def main(args: Args) -> None:
                     ref_logps=ref_logps,
                     sampler_logps=micro.sampler_logps,
                     entropy=entropy,
+                    entropy_threshold=threshold,
                     token_count=tokens,
                     sequence_count=sequences,
                     max_completion_length=args.max_completion_tokens,

@@ -24,7 +24,7 @@ from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
 from grpo.data import arithmetic_examples, check_disjoint, load_examples
 from grpo.distributed import all_means, init_distributed, sum_gradients
-from grpo.logprobs import completion_logps
+from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
     check_policy,
     check_prompt_lengths,
@@ -36,7 +36,7 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
 from grpo.rewards import correctness, score
 from grpo.run import command_line, start_run
 from grpo.sampler import prompt_indices
@@ -207,7 +207,7 @@ def main(args: Args) -> None:
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(
-            args.estimator, scores.total, args.group_size, by_function=scores.by_function
+            args.estimator, scores.total, args.group_size, by_function=scores.by_function, world=world
         )  # [prompts * group_size]
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
@@ -225,6 +225,7 @@ def main(args: Args) -> None:
                 device=world.device,
                 keep=counted,
             )
+            threshold = step_entropy_threshold(model, micros, args.objective, temperature=args.temperature, world=world)
             old_logps, ref_logps = [None] * len(micros), [None] * len(micros)
             if args.num_iterations > 1:  # one iteration is on policy: old = new, and needs no pass of its own
                 with torch.no_grad():
@@ -236,7 +237,11 @@ def main(args: Args) -> None:
                 shares, loss = [], 0.0
                 for micro, old, ref in zip(micros, old_logps, ref_logps):
                     logps, entropy = completion_logps(
-                        model, micro, temperature=args.temperature, entropy_grad=args.objective.entropy_bonus > 0
+                        model,
+                        micro,
+                        temperature=args.temperature,
+                        entropy_grad=args.objective.entropy_bonus > 0,
+                        grad_rows=rows_with_gradient(args.objective, micro.advantages, micro.mask),
                     )  # [batch, time] each
                     share, metrics = policy_loss(
                         logps,
@@ -247,6 +252,7 @@ def main(args: Args) -> None:
                         ref_logps=ref,
                         sampler_logps=micro.sampler_logps,
                         entropy=entropy,
+                        entropy_threshold=threshold,
                         token_count=tokens,
                         sequence_count=sequences,
                         max_completion_length=max_tokens,

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same counts and the same summed gradient."""
+"""Two gloo processes against one: the same counts, the same summed gradient, the same advantages."""
 
 import os
 import socket
@@ -8,14 +8,23 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from grpo.advantages import Estimator, estimate_advantages
 from grpo.batch import micro_batches, step_counts
 from grpo.distributed import World, all_sum, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
-from grpo.objective import Objective, policy_loss
+from grpo.objective import Objective, entropy_threshold, policy_loss
 
 PROMPTS = [[1, 9], [1, 10, 11], [1, 12], [1, 13, 14, 15], [1, 20], [1, 21]]
 COMPLETIONS = [[20, 2], [30, 31, 32, 2], [40], [41, 42, 2], [50, 51, 52], [53, 2]]
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+REWARDS = {"correct": [1.0, 0.0, None, 1.0, 0.0, 0.0, 1.0, 0.0], "short": [0.3, -2.0, 5.0, None, None, 9.0, 1.0, 1.5]}
+ESTIMATORS = [
+    Estimator(),
+    Estimator(scale="batch"),
+    Estimator(scale="batch", baseline="rloo"),
+    Estimator("group", aggregate="gdpo"),
+]
+ENTROPIES = torch.tensor([[0.1, 0.9, 0.3], [2.0, 0.2, 0.8], [0.7, 0.6, 0.4]])
 
 
 def gradient(world: World, folder: str, loss: str) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -41,6 +50,16 @@ def gradient(world: World, folder: str, loss: str) -> tuple[torch.Tensor, tuple[
     return torch.cat([p.grad.flatten() for p in parameters]), (tokens, sequences)
 
 
+def advantages(world: World, groups: range) -> list[torch.Tensor]:
+    """Of groups of two, whose rewards are this rank's."""
+    mine = slice(2 * groups.start, 2 * groups.stop)
+    rewards = {name: values[mine] for name, values in REWARDS.items()}
+    return [
+        estimate_advantages(estimator, rewards["short"], 2, by_function=rewards, world=world)
+        for estimator in ESTIMATORS
+    ]
+
+
 def worker(rank: int, port: int, folder: str, out: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -53,7 +72,18 @@ def worker(rank: int, port: int, folder: str, out: str) -> None:
         idle.grad = torch.tensor([1.0, 2.0])
     sum_gradients([idle], world)
     assert idle.grad.tolist() == [1.0, 2.0]
-    torch.save([gradient(world, folder, loss) for loss in ("grpo", "dapo")], f"{out}/{rank}.pt")
+    mine = [[0, 2], [1]][rank]
+    threshold = entropy_threshold(
+        Objective(top_entropy_quantile=0.4), [ENTROPIES[[i]] for i in mine], [torch.ones(1, 3) for _ in mine], world
+    )
+    assert threshold == torch.quantile(ENTROPIES, 0.6)
+    torch.save(
+        {
+            "gradients": [gradient(world, folder, loss) for loss in ("grpo", "dapo")],
+            "advantages": advantages(world, [range(3), range(3, 4)][rank]),
+        },
+        f"{out}/{rank}.pt",
+    )
 
 
 def test_two_ranks_make_the_gradient_of_one(model_folder, tmp_path):
@@ -67,8 +97,12 @@ def test_two_ranks_make_the_gradient_of_one(model_folder, tmp_path):
         alone, counts = gradient(World(), folder, loss)
         assert counts == (15, 6)
         for rank in ranks:
-            assert rank[i][1] == counts
-            assert (rank[i][0] - alone).norm() <= 1e-6 * alone.norm()
+            assert rank["gradients"][i][1] == counts
+            assert (rank["gradients"][i][0] - alone).norm() <= 1e-6 * alone.norm()
+    # a batch's deviation is that of all ranks' rewards; three of the four groups are on rank 0
+    for a, b, alone in zip(ranks[0]["advantages"], ranks[1]["advantages"], advantages(World(), range(4))):
+        assert (len(a), len(b)) == (6, 2)
+        torch.testing.assert_close(torch.cat([a, b]), alone, rtol=1e-6, atol=0)
 
 
 def test_alone_is_the_identity():
@@ -78,3 +112,6 @@ def test_alone_is_the_identity():
     p.grad = torch.ones(1)
     sum_gradients([p], world)
     assert p.grad.item() == 1.0
+    idle = nn.Parameter(torch.ones(2))  # as on several ranks: Adam's moments fade the same
+    sum_gradients([idle], world)
+    assert idle.grad.tolist() == [0.0, 0.0]

@@ -20,10 +20,11 @@ from grpo.objective import (
     Objective,
     check_objective,
     entropy_quantile,
+    entropy_threshold,
     importance_weights,
-    mask_truncated,
     merge_metrics,
     policy_loss,
+    rows_with_gradient,
 )
 from grpo_kernels.policy_terms import LOSSES
 
@@ -598,24 +599,61 @@ def test_bfloat16_inputs(objective):
 # Masks, weights, metrics
 
 
-def test_mask_truncated_is_leaving_the_sequences_out():
+def test_a_sequence_without_a_mask_is_left_out():
     b = ragged_batch(dtype=torch.float64)
-    truncated = [True, False, False, True, False, False]
-    kept = [i for i in range(6) if not truncated[i]]
+    kept = [1, 2, 4, 5]
     for loss in LOSSES:
         whole = rows(b, slice(None))
-        whole.mask = mask_truncated(b.mask, truncated)
+        whole.mask = b.mask.clone()
+        whole.mask[[0, 3]] = False
         actual, expected = (loss_and_gradient(x, Objective(loss=loss)) for x in (whole, rows(b, kept)))
         close(actual[0], expected[0])
         close(actual[1][kept], expected[1])
 
 
 def test_entropy_quantile_of_the_step():
-    """Thresholds: exact share, and given from outside it makes micro-batches add up (tested above with 0.5)."""
+    """Exact share, and the step's threshold makes micro-batches of any lengths the one batch."""
     entropies = torch.arange(100.0)
     assert (entropies >= entropy_quantile(entropies, 0.2)).sum() == 20
     assert entropy_quantile(entropies, 1.0) == 0
     assert entropy_quantile(entropies[:0], 0.2) == float("inf")
+
+    b, objective = ragged_batch(4), Objective(loss="dapo", top_entropy_quantile=0.3)
+    _, gradient, metrics = loss_and_gradient(b, objective, entropy=b.entropy)
+    parts = [rows(b, [0, 3]), rows(b, [1, 2, 4, 5])]
+    threshold = entropy_threshold(objective, [p.entropy for p in parts], [p.mask for p in parts])
+    split = [
+        loss_and_gradient(p, objective, entropy=p.entropy, entropy_threshold=threshold, token_count=b.mask.sum())
+        for p in parts
+    ]
+    close(torch.cat([g for _, g, _ in split]), gradient[[0, 3, 1, 2, 4, 5]], 1e-6)
+    assert merge_metrics([m for _, _, m in split])["high_entropy"] == pytest.approx(metrics["high_entropy"].item())
+    assert entropy_threshold(objective, [], []) == float("inf")
+    assert entropy_threshold(Objective(), [b.entropy], [b.mask]) is None
+
+
+@pytest.mark.parametrize("token_advantages", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_with_gradient(loss, token_advantages):
+    """The sequences it leaves out have none, whatever loss and ratio level; those it names have one."""
+    b = ragged_batch(8)
+    b.advantages[[1, 4]] = 0
+    b.mask = b.mask.clone()
+    b.mask[2] = False
+    expected = torch.tensor([True, False, False, True, False, True])
+    if token_advantages:  # at sequence level one token's advantage moves them all
+        b.advantages = b.advantages[:, None] * (torch.arange(9) == 0)
+    for level in ("token", "sequence") if LOSSES[loss].level else (None,):
+        objective = Objective(loss=loss, level=level, epsilon=0.9 if LOSSES[loss].clip == "around 1" else None,
+                              off_policy_threshold=10.0, top_entropy_quantile=0.999)  # fmt: skip
+        assert torch.equal(rows_with_gradient(objective, b.advantages, b.mask), expected)
+        logps = (b.old_logps + 0.1).requires_grad_()
+        value, _ = policy_loss(logps, b.old_logps, b.advantages, b.mask, objective, ref_logps=b.ref_logps,
+                               sampler_logps=b.old_logps, entropy=b.entropy + 1, max_completion_length=9)  # fmt: skip
+        assert torch.equal((torch.autograd.grad(value, logps)[0] != 0).any(-1), expected)
+        for everything in ({"beta": 0.1}, {"entropy_bonus": 0.1}):
+            objective = dataclasses.replace(objective, **everything)
+            assert rows_with_gradient(objective, b.advantages, b.mask) is None
 
 
 def test_importance_weights_known_values():

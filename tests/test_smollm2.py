@@ -66,6 +66,18 @@ def test_several_iterations_leave_the_old_policy_and_move_the_kl(recipe, small, 
     assert once[1]["kl"] > 1e-4
 
 
+def test_micro_batches_change_no_metric_under_an_entropy_quantile(recipe, small, tmp_path):
+    """The threshold is the whole step's, so memory alone depends on --micro-batch-tokens, as its help says."""
+    objective = Objective(loss="dapo", top_entropy_quantile=0.2)
+    for name, tokens in (("one", 10**6), ("many", 1)):
+        recipe.main(small(name, objective=objective, micro_batch_tokens=tokens, steps=1))
+    one, many = (read_metrics(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "many"))
+    assert 0.18 < one["high_entropy"] < 0.22
+    assert many["high_entropy"] == pytest.approx(one["high_entropy"])
+    assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert one["grad_norm"] > 1e-3
+
+
 def test_a_continued_adapter_is_its_own_reference(recipe, small, tmp_path):
     recipe.main(small(learning_rate=3e-2, warmup_steps=0))
     settings = {"adapter": tmp_path / "run" / "adapter", "objective": Objective(loss="dapo", beta=0.1)}
@@ -77,12 +89,13 @@ def test_a_continued_adapter_is_its_own_reference(recipe, small, tmp_path):
     assert config["r"] == 16
 
 
-def test_a_step_without_variance_changes_nothing(recipe, small, tmp_path, monkeypatch):
-    """No group counts, so there is no micro-batch at all: the run goes on, with its adapter as it was."""
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_step_without_variance_changes_nothing(recipe, small, tmp_path, monkeypatch, drop):
+    """No group counts, so there is no micro-batch at all, or none that has a gradient: the run goes on."""
     from grpo.advantages import Estimator
 
     monkeypatch.setattr(recipe, "correct", lambda texts, golds: [1.0 for _ in texts])
-    recipe.main(small(estimator=Estimator(drop_zero_variance=True), warmup_steps=0))
+    recipe.main(small(estimator=Estimator(drop_zero_variance=drop), warmup_steps=0))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [line["zero_variance"] for line in lines] == [1.0, 1.0]
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
