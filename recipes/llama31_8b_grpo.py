@@ -301,7 +301,7 @@ def main(args: Args) -> None:
         metrics = {
             "reward": scores.total,
             "pass_at_1": scores.by_function["correct"],
-            "format": scores.by_function["format"],
+            **{f"reward/{name}": values for name, values in scores.by_function.items()},
             "length": [len(t) for t in ids],
             "truncated": [float(c.truncated) for c in completions],
             "zero_variance": zero_variance.float().tolist(),
