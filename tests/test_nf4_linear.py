@@ -224,6 +224,8 @@ def test_tiles_cover_the_sum():
         (lambda a: a | {"packed": a["packed"].view(torch.int8)}, "packed is"),
         (lambda a: a | {"absmax": a["absmax"].quantised}, "absmax is"),
         (lambda a: a | {"absmax": torch.ones(3)}, "absmax is"),
+        (lambda a: a | {"absmax": a["absmax"]._replace(offset=torch.zeros(2))}, r"\[1\] second-level .* \[2\] offsets"),
+        (lambda a: a | {"absmax": a["absmax"]._replace(absmax=torch.zeros(3))}, r"\[3\] second-level"),
         (lambda a: a | {"shape": (40, 100)}, "multiple of 64"),
         (lambda a: a | {"bias": torch.ones(41)}, "bias is"),
         (lambda a: a | {"x": a["x"].float(), "backend": "fused"}, "16-bit x"),

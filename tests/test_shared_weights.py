@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from grpo.models import load_policy
+from grpo_kernels.nf4_linear import NestedAbsmax, nf4_dequantise, nf4_linear
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
 
 
@@ -15,8 +16,8 @@ def linear4bit(rows: int, cols: int, *, nested: bool = True, seed: int = 0) -> b
         cols, rows, bias=False, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
     )
     layer.weight = bnb.nn.Params4bit(
-        torch.randn(rows, cols), requires_grad=False, quant_type="nf4", compress_statistics=nested
-    )
+        torch.randn(rows, cols) * (1 + seed), requires_grad=False, quant_type="nf4", compress_statistics=nested
+    )  # each seed has scales, and so an offset, of its own
     return layer.to("cpu")
 
 
@@ -26,19 +27,60 @@ def dense_of(layer: nn.Linear) -> torch.Tensor:
     return layer.weight.data
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_joined_rows_are_the_layers_rows_bit_for_bit(nested):
-    """Doubly quantised too, whose second-level blocks (256 scales) straddle the seams."""
-    layers = [linear4bit(rows, 192, nested=nested, seed=rows) for rows in (50, 7, 7)]
+@pytest.mark.parametrize(
+    ("rows", "cols", "nested", "stays_nested"),
+    [
+        ((50, 7, 7), 192, False, False),
+        ((50, 7, 7), 192, True, False),  # second-level blocks of 256 scales straddle the seams
+        ((128, 64, 70), 256, True, True),  # they end at the seams, and the last one is not full
+        ((2, 1, 1), 16384, True, True),
+        ((33,), 192, True, True),  # nothing to join
+    ],
+)
+def test_joined_rows_are_the_layers_rows_bit_for_bit(rows, cols, nested, stays_nested):
+    layers = [linear4bit(r, cols, nested=nested, seed=i) for i, r in enumerate(rows)]
     before = torch.cat([dense_of(layer) for layer in layers])
-    x = torch.randn(5, 192)
+    x = torch.randn(5, cols)
     outputs = [layer(x) for layer in layers]
     [joined] = share(layers)
     assert isinstance(joined, Quantized)
-    assert joined.shape == (64, 192)
+    assert joined.shape == (sum(rows), cols)
+    assert isinstance(joined.absmax, NestedAbsmax) == stays_nested
     assert torch.equal(dequantized(joined, torch.float32), before)
     for layer, output in zip(layers, outputs):
         assert torch.equal(layer(x), output)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+def test_nf4_linear_takes_the_joined_matrix(backend):
+    """Three layers whose scales have means (offsets) of 1 : 2 : 3, as one product on their nested scales."""
+    layers = [linear4bit(r, 256, seed=i) for i, r in enumerate((128, 64, 70))]
+    dense = torch.cat([dense_of(layer) for layer in layers]).double()
+    [joined] = share(layers)
+    assert joined.absmax.offset.shape == joined.absmax.absmax.shape == (5,)
+    assert joined.absmax.offset[[0, 1, 2, 3, 4]].unique().numel() == 3
+    x = torch.randn(5, 256).half()
+    actual = nf4_linear(x, joined.packed, joined.absmax, joined.shape, backend=backend).double()
+    exact = x.double() @ dense.T
+    for part_actual, part_exact in zip(actual.split([128, 64, 70], 1), exact.split([128, 64, 70], 1)):
+        assert (part_actual - part_exact).norm() / part_exact.norm() < 1e-3
+    if backend == "dequantise":
+        rows = slice(100, 250)  # across both seams
+        out = nf4_dequantise(joined.packed, joined.absmax, joined.shape, torch.float32, rows=rows)
+        torch.testing.assert_close(out.double(), dense[rows], rtol=1e-6, atol=1e-7)
+
+
+def test_the_trainers_gradient_goes_through_shared_nested_scales():
+    layers = [linear4bit(64, 256, seed=i) for i in range(3)]
+    x = torch.randn(3, 256, requires_grad=True)
+    before = [torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in layers]
+    [joined] = share(layers)
+    for i, (layer, gradient) in enumerate(zip(layers, before)):
+        assert torch.equal(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient)
+        state = layer.weight.quant_state
+        assert state.nested
+        assert state.absmax.data_ptr() == joined.absmax.quantised.data_ptr() + i * 256
+        assert state.state2.absmax.data_ptr() == joined.absmax.absmax.data_ptr() + i * 4
 
 
 def test_the_trainer_sees_the_same_storage():
@@ -95,11 +137,23 @@ def test_a_matrix_that_ends_inside_a_block_is_not_joined():
     assert len(parts) == 2
 
 
-def test_scales_cost_four_bytes_a_block():
-    [joined] = share([linear4bit(64, 64)])
-    assert joined.packed.numel() == 64 * 64 / 2
-    assert joined.absmax.numel() == 64
+def test_nested_and_plain_scales_meet():
+    layers = [linear4bit(64, 256), linear4bit(64, 256, nested=False, seed=1)]
+    before = torch.cat([dense_of(layer) for layer in layers])
+    [joined] = share(layers)
     assert joined.absmax.dtype == torch.float32
+    assert torch.equal(dequantized(joined, torch.float32), before)
+    assert torch.equal(torch.cat([dense_of(layer) for layer in layers]), before)
+
+
+def test_joining_adds_a_few_bytes_of_offsets():
+    """A byte of scale for 64 weights, and for 256 of those a float of scale and one of offset."""
+    layers = [linear4bit(64, 1024, seed=i) for i in range(3)]
+    [joined] = share(layers)
+    weights = 3 * 64 * 1024
+    assert joined.packed.numel() == weights / 2
+    sizes = [t.numel() * t.itemsize for t in (joined.absmax.quantised, joined.absmax.absmax, joined.absmax.offset)]
+    assert sizes == [weights / 64, 4 * weights / 64 / 256, 4 * weights / 64 / 256]
 
 
 def test_names_are_the_base_models(model_folder):

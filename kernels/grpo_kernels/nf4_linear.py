@@ -47,12 +47,13 @@ TABLE_SCALE = 1.436767578125
 
 
 class NestedAbsmax(NamedTuple):
-    """Double-quantised absmax: absmax[i] = code[quantised[i]] * absmax[i // 256] + offset."""
+    """Double-quantised absmax: absmax[i] = code[quantised[i]] * absmax[i // 256] + offset, or + offset[i // 256] for
+    matrices that were quantised apart and joined by rows."""
 
     quantised: Tensor  # [N * K / 64] uint8
     code: Tensor  # [256] float32
     absmax: Tensor  # [ceil(N * K / 64 / 256)] float32
-    offset: Tensor  # scalar float32
+    offset: Tensor  # [] or [ceil(N * K / 64 / 256)] float32
 
 
 def absmax_of(quant_state: Any) -> Tensor | NestedAbsmax:
@@ -78,8 +79,8 @@ def expand_absmax(absmax: Tensor | NestedAbsmax) -> Tensor:
     if not isinstance(absmax, NestedAbsmax):
         return absmax.float()
     flat = absmax.quantised.reshape(-1)
-    outer = absmax.absmax.repeat_interleave(256)[: len(flat)]
-    return absmax.code[flat.int()] * outer + absmax.offset
+    outer, offset = (t.expand(len(absmax.absmax)).repeat_interleave(256)[: len(flat)] for t in (absmax[2], absmax[3]))
+    return absmax.code[flat.int()] * outer + offset
 
 
 def nf4_linear(
@@ -220,6 +221,13 @@ def _check(
             f"absmax is {scales.dtype} {list(scales.shape)}, must be {blocks} contiguous floating point values, or a "
             "NestedAbsmax of as many uint8 codes (see absmax_of)"
         )
+    if isinstance(absmax, NestedAbsmax):
+        outer = -(-blocks // 256)
+        if absmax.absmax.shape != (outer,) or absmax.offset.shape not in ((), (outer,)):
+            raise ValueError(
+                f"absmax has {list(absmax.absmax.shape)} second-level scales and {list(absmax.offset.shape)} offsets, "
+                f"must have {outer} (one for 256 scales), and as many offsets or one"
+            )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias is {list(bias.shape)}, must be [N] = [{n}]")
     for name, tensor in (("packed", packed), ("absmax", scales), ("bias", bias)):
@@ -236,12 +244,12 @@ CHUNK_BYTES = 256 << 20
 def _choose(x: Tensor, rows: int, k: int) -> Literal["fused", "dequantise", "torch"]:
     if triton is None or not x.is_cuda or torch.version.hip:
         return "torch"
-    fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and _is_hopper(x.device)
+    fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and is_hopper(x.device)
     return "fused" if fused else "dequantise"
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """The fused kernel is the default only where it was run and its tiles measured (they take up to 105 KiB of shared
     memory). Hopper also lets a kernel start before the one ahead of it has ended: 1 to 2 us less a product."""
     return torch.cuda.get_device_capability(device)[0] == 9
@@ -309,8 +317,11 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int) -> Tiles:
     return tiles._replace(splits=-(-groups // -(-groups // splits)))  # only those that have work
 
 
-def _scale_arguments(absmax: Tensor | NestedAbsmax) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    return absmax if isinstance(absmax, NestedAbsmax) else (absmax, None, None, None)
+def _scale_arguments(
+    absmax: Tensor | NestedAbsmax,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
+    """The kernels' pointers to scales, and 1 if each second-level scale has an offset of its own."""
+    return (*absmax, absmax.offset.dim()) if isinstance(absmax, NestedAbsmax) else (absmax, None, None, None, 0)
 
 
 @functools.cache
@@ -333,7 +344,7 @@ def _fused(
         return y
     if tiles is None:
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4)
-        tiles = tiles._replace(pdl=x.is_cuda and _is_hopper(x.device))
+        tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=x.dtype, device=x.device)
     counters = partial = None
@@ -457,12 +468,12 @@ if triton is not None:
         return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, WIDTH)), (0, 2, 1)))
 
     @triton.jit
-    def _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, index, NESTED: tl.constexpr):
-        """absmax at index, fp32, of a `NestedAbsmax` too."""
+    def _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, index, outer_index, NESTED: tl.constexpr):
+        """absmax at index, fp32, of a `NestedAbsmax` too. outer_index: index // 256, of one for all that share it."""
         absmax = tl.load(absmax_ptr + index)
         if NESTED:
-            outer = tl.load(outer_ptr + index // 256)
-            return tl.load(code_ptr + absmax) * outer + tl.load(offset_ptr)
+            outer = tl.load(outer_ptr + outer_index)
+            return tl.load(code_ptr + absmax) * outer + tl.load(offset_ptr + outer_index * offset_stride)
         else:
             return absmax.to(tl.float32)
 
@@ -502,8 +513,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "row_tiles"])  # one program for every batch size
     def _fused_kernel(
-        x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, bias_ptr, y_ptr, partial_ptr, counters_ptr,
-        table_ptr,
+        x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
+        counters_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr,
@@ -522,17 +533,22 @@ if triton is not None:
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, groups) - 1
 
-        index = (n * blocks)[:, None] + tl.arange(0, GROUP)[None, :]
+        # A group's GROUP blocks begin at a multiple of GROUP, so they have one second-level scale.
+        block = (n * blocks)[:, None] + tl.minimum(first, groups - 1) * GROUP
         scales = _scales(
-            absmax_ptr, code_ptr, outer_ptr, offset_ptr, index + tl.minimum(first, groups - 1) * GROUP, NESTED
-        )
+            absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+            block // 256, NESTED,
+        )  # fmt: skip
         WORDS: tl.constexpr = 16 * GROUP if WIDE else 16
         words_pointers = words_ptr + n.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, WORDS)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
         accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
         for group in range(first, last + 1):
-            following = index + tl.minimum(group + 1, last) * GROUP
-            next_scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, following, NESTED)
+            block = (n * blocks)[:, None] + tl.minimum(group + 1, last) * GROUP
+            next_scales = _scales(
+                absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+                block // 256, NESTED,
+            )  # fmt: skip
             x_group = x_pointers + group * (GROUP * 64)
             words_group = words_pointers + group * (GROUP * 16)
             if GROUP == 4:
@@ -581,7 +597,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["blocks", "row_start", "start"])
     def _dequantise_kernel(
-        words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, out_ptr, table_ptr,
+        words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, out_ptr, table_ptr,
         blocks, width, row_width, row_start, start,
         NESTED: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
@@ -591,7 +607,7 @@ if triton is not None:
         source = (row_start + block // width).to(tl.int64) * row_width + start + block % width
         source = tl.where(inside, source, 0)
         words = tl.load(words_ptr + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
-        scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, source, NESTED)
+        scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, source, source // 256, NESTED)
         q0, q1, q2, q3 = _lookup(words, table_ptr, tl.float32)
         values = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [BLOCKS, 2 p + e, i // 2, i % 2]
         values = tl.permute(tl.reshape(values, (BLOCKS, 8, 2, 4)), (0, 1, 3, 2))

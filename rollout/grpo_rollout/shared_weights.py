@@ -2,9 +2,10 @@
 
 Samplers keep q, k and v (and gate and up) as one matrix. Here such neighbours are moved, in place, into one
 buffer that the trainer's modules become views of. NF4 data is a flat sequence of blocks of 64 weights, so joining
-matrices by rows is joining their bytes and scales, exact as long as each matrix is a whole number of blocks.
-Doubly quantised scales are not: their blocks of 256 would straddle the seam. So they are expanded to fp32 once
-(0.5 bits a weight instead of 0.127), the same values that bitsandbytes computes again at every product.
+matrices by rows is joining their bytes and scales, exact as long as each matrix is a whole number of blocks. So it
+is for doubly quantised scales where seams fall between their blocks of 256 (16,384 weights), each of which then keeps
+its own matrix's offset. In models so small that they do not, the scales are expanded to fp32 first (0.5 bits a weight
+instead of 0.127), the same values that bitsandbytes computes again at every product.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,16 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from grpo_kernels.nf4_linear import NestedAbsmax
+
 
 class Quantized(NamedTuple):
     """A 4-bit matrix [rows, cols] in bitsandbytes' layout."""
 
     packed: torch.Tensor
     """[rows * cols / 2] uint8, two weights a byte, the first in the high half"""
-    absmax: torch.Tensor
-    """[rows * cols / blocksize] float32, the scale of each block of consecutive weights"""
+    absmax: torch.Tensor | NestedAbsmax
+    """[rows * cols / blocksize], the scale of each block of consecutive weights: float32, or doubly quantised"""
     rows: int
     cols: int
     blocksize: int
@@ -61,25 +64,34 @@ def _state(module: nn.Linear) -> Any:
     return weight.quant_state
 
 
+NESTED_BLOCK = 256
+"""scales that share one second-level scale"""
+
+
 def expand_scales(module: nn.Linear) -> None:
     """Replace a 4-bit layer's doubly quantised scales by their fp32 values, in place. Changes no product."""
-    if not isinstance(module, bnb.nn.Linear4bit):
-        return
     state = _state(module)
-    if state is None:
-        raise ValueError("a 4-bit layer is not quantised yet: move the model to its device before it is shared")
     if state.nested:
         state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
         state.nested, state.state2, state.offset = False, None, None
 
 
 def matrix(module: nn.Linear) -> Quantized | Dense:
-    """The layer's weight as it is stored, without a copy."""
+    """The layer's weight as it is stored, without a copy. Scales doubly quantised in another way than bitsandbytes'
+    usual one are expanded."""
     if not isinstance(module, bnb.nn.Linear4bit):
         return Dense(module.weight.data)
     state = _state(module)
+    if state is None:
+        raise ValueError("a 4-bit layer is not quantised yet: move the model to its device before it is shared")
+    if state.nested and state.state2.blocksize != NESTED_BLOCK:
+        expand_scales(module)
+    absmax = state.absmax
+    if state.nested:
+        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=absmax.device)
+        absmax = NestedAbsmax(absmax, state.state2.code, state.state2.absmax, offset)
     rows, cols = state.shape
-    return Quantized(module.weight.data.view(-1), state.absmax, rows, cols, state.blocksize, state.quant_type)
+    return Quantized(module.weight.data.view(-1), absmax, rows, cols, state.blocksize, state.quant_type)
 
 
 def share(modules: Sequence[nn.Linear]) -> list[Quantized | Dense]:
@@ -90,7 +102,6 @@ def share(modules: Sequence[nn.Linear]) -> list[Quantized | Dense]:
     of the layers. Peak extra memory: one such buffer."""
     runs: list[list[nn.Linear]] = []
     for module in modules:
-        expand_scales(module)
         if runs and _joinable(matrix(runs[-1][-1]), matrix(module)):
             runs[-1].append(module)
         else:
@@ -115,16 +126,58 @@ def _join(modules: list[nn.Linear]) -> Quantized | Dense:
             module.weight.data = view
         return Dense(joined)
     quantized = [p for p in parts if isinstance(p, Quantized)]
-    packed = torch.cat([p.packed for p in quantized])
-    absmax = torch.cat([p.absmax for p in quantized])
-    views = zip(
-        packed.split([p.packed.numel() for p in quantized]), absmax.split([p.absmax.numel() for p in quantized])
-    )
-    for module, (packed_view, absmax_view) in zip(modules, views):
-        module.weight.data = packed_view.view(module.weight.data.shape)
-        _state(module).absmax = absmax_view
+    if not _nested_joinable(quantized):
+        for module in modules:
+            expand_scales(module)
+        quantized = [p for p in map(matrix, modules) if isinstance(p, Quantized)]
+    packed, views = _cat([p.packed for p in quantized])
+    for module, view in zip(modules, views):
+        module.weight.data = view.view(module.weight.data.shape)
     rows = sum(p.rows for p in quantized)
-    return quantized[0]._replace(packed=packed, absmax=absmax, rows=rows)
+    return quantized[0]._replace(packed=packed, absmax=_join_scales(modules, quantized), rows=rows)
+
+
+def _nested_joinable(parts: list[Quantized]) -> bool:
+    """Whether all scales are doubly quantised, alike, and in whole blocks up to the last matrix."""
+    nested = [p.absmax for p in parts if isinstance(p.absmax, NestedAbsmax)]
+    return (
+        len(nested) == len(parts)
+        and all(a.quantised.numel() % NESTED_BLOCK == 0 for a in nested[:-1])
+        and all(torch.equal(a.code, nested[0].code) for a in nested[1:])
+    )
+
+
+def _join_scales(modules: list[nn.Linear], parts: list[Quantized]) -> torch.Tensor | NestedAbsmax:
+    """The parts' scales in one buffer, which the modules' become views of. A few bytes of it are new: offsets."""
+    nested = [p.absmax for p in parts if isinstance(p.absmax, NestedAbsmax)]
+    absmax, views = _cat([p.absmax.quantised if isinstance(p.absmax, NestedAbsmax) else p.absmax for p in parts])
+    for module, view in zip(modules, views):
+        _state(module).absmax = view
+    if not nested:
+        return absmax
+    outer, outer_views = _cat([a.absmax for a in nested])
+    for module, view in zip(modules, outer_views):
+        _state(module).state2.absmax = view
+    return NestedAbsmax(absmax, nested[0].code, outer, torch.cat([a.offset.expand(len(a.absmax)) for a in nested]))
+
+
+def _cat(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """One buffer, and the views of it that take the tensors' places."""
+    joined = torch.cat(tensors)
+    return joined, joined.split([t.numel() for t in tensors])
+
+
+def scales(weight: Quantized) -> torch.Tensor:
+    """[rows * cols / blocksize] float32, bit for bit what bitsandbytes makes of each of the joined layers."""
+    absmax = weight.absmax
+    if not isinstance(absmax, NestedAbsmax):
+        return absmax
+    inner = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        absmax.quantised, absmax.absmax, absmax.code, NESTED_BLOCK, torch.float32
+    )
+    if absmax.offset.dim() == 0:
+        return inner + absmax.offset
+    return inner + absmax.offset.repeat_interleave(NESTED_BLOCK)[: inner.numel()]
 
 
 def dequantized(weight: Quantized | Dense, dtype: torch.dtype) -> torch.Tensor:
@@ -132,5 +185,5 @@ def dequantized(weight: Quantized | Dense, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(weight, Dense):
         return weight.weight.to(dtype)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
-        weight.packed.view(-1, 1), weight.absmax, weight.blocksize, weight.quant_type, (weight.rows, weight.cols), dtype
+        weight.packed.view(-1, 1), scales(weight), weight.blocksize, weight.quant_type, weight.shape, dtype
     )
