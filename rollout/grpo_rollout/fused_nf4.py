@@ -1,0 +1,87 @@
+"""Whether a sampler multiplies 4-bit weights by `grpo_kernels.nf4_linear`: where it applies, and once it was tried."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from grpo_kernels.nf4_linear import BLOCK, NestedAbsmax, is_hopper, nf4_linear
+from grpo_rollout.shared_weights import Quantized, dequantized
+
+Product = Callable[[Quantized, torch.Tensor], torch.Tensor]
+"""(W, x [tokens, cols]) -> x W^T [tokens, rows]"""
+TOLERANCE = 0.05
+"""of |difference| / (root mean square + |value|): 16-bit products differ by a hundredth, a wrong output by 1"""
+
+
+def fused(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+    """x W^T, the 4-bit weight read once where rows are few."""
+    return nf4_linear(x, weight.packed, weight.absmax, weight.shape)
+
+
+def plain(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+    """x W^T as bitsandbytes does it: the weight is dequantised to memory first."""
+    return nn.functional.linear(x, dequantized(weight, x.dtype))
+
+
+def why_not(weights: Iterable[Quantized]) -> str | None:
+    """Why `fused` does not apply to all of these weights, or None where it does."""
+    for weight in weights:
+        device = weight.packed.device
+        if device.type != "cuda" or torch.version.hip or not is_hopper(device):
+            return "its kernel was tuned for NVIDIA's Hopper alone"
+        if (weight.quant_type, weight.blocksize) != ("nf4", BLOCK) or weight.cols % BLOCK:
+            return (
+                f"a weight {list(weight.shape)} is {weight.quant_type} in blocks of {weight.blocksize}; it takes nf4 "
+                f"in blocks of {BLOCK}, and columns a multiple of that"
+            )
+    return None
+
+
+def captured(product: Product) -> Product:
+    """The product as a sampler's decode step runs it: from a CUDA graph, into memory that held something else."""
+
+    def replayed(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+        product(weight, x)  # compiles, which a capture may not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = product(weight, x)
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize(x.device)
+        return y.clone()
+
+    return replayed
+
+
+def check_rows(sequences: int, batched_tokens: int) -> list[int]:
+    """Rows to try: one of each kind that the kernel tells apart, up to a full decode step, and a full prefill."""
+    return sorted({r for r in (1, 16, 32, 64, 128, 256) if r <= sequences} | {sequences, batched_tokens})
+
+
+@torch.no_grad()
+def disagreement(
+    tried: Product, reference: Product, weights: Iterable[Quantized], rows: Sequence[int], dtype: torch.dtype
+) -> str | None:
+    """What goes wrong first when two products of one weight of each shape are compared, or None.
+
+    x is Gaussian, [rows, cols] of `dtype`; no generator of the process is touched. An exception of `tried` counts as
+    disagreement, and so does a single value that differs by more than `TOLERANCE` allows."""
+    kinds = {(w.shape, type(w.absmax)): w for w in weights}
+    for weight in kinds.values():
+        device = weight.packed.device
+        generator = torch.Generator(device).manual_seed(0)
+        for count in rows:
+            x = torch.randn(count, weight.cols, generator=generator, device=device).to(dtype)
+            scales = "doubly quantised" if isinstance(weight.absmax, NestedAbsmax) else "expanded"
+            where = f"{count} rows by a weight {list(weight.shape)} with {scales} scales"
+            expected = reference(weight, x).float()
+            try:
+                actual = tried(weight, x).float()
+            except Exception as error:  # whatever it is, there is another way
+                return f"{where}: {type(error).__name__}: {error}"
+            allowed = expected.square().mean().sqrt() + expected.abs()
+            worst = ((actual - expected).abs() / allowed).amax()
+            if not worst <= TOLERANCE:  # NaN is refused too
+                return f"{where}: values differ by {worst:.2g} of their size (allowed: {TOLERANCE})"
+    return None
