@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, write_model
 from transformers import AutoModelForCausalLM
 
 from grpo.models import load_policy
+from grpo_rollout import kv_cache
 from grpo_rollout.engine import Sampling
 from grpo_rollout.torch_engine import TorchEngine, sample
 
@@ -50,6 +51,65 @@ def test_sampled_logps_are_those_of_the_sampling_temperature(model_folder):
         assert not completion.truncated or len(ids) == 20
         ended += stops[-1]
     assert 8 < ended < 64  # both ways of ending were seen
+
+
+# A window shorter than the prompts; Qwen's second layer alone has one.
+WINDOWED = [
+    ("mistral", {"sliding_window": 5}),
+    ("phi3", {"sliding_window": 5}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+]
+UNSHARED = [("llama", {"num_key_value_heads": 4})]  # a key head for every query head, as in Phi-3 mini
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"), [*((a, {}) for a in ARCHITECTURES), *WINDOWED, *UNSHARED], ids=lambda v: str(v)
+)
+def test_rows_that_end_at_different_times(tmp_path, monkeypatch, architecture, settings):
+    """Ragged groups, buffers that grow every 4 tokens and rows that leave in between, against full forward passes
+    without a cache; and the batch that the model saw at each step."""
+    monkeypatch.setattr(kv_cache, "BLOCK", 4)
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", architecture, **settings))
+    eos, seen = [2, 3, 20, 30], []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)) if "past_key_values" in kwargs else None,
+        with_kwargs=True,
+    )
+    prompts = [*PROMPTS, [1, *range(8, 28)]]
+    engine = TorchEngine(model, eos_ids=eos)
+    completions = engine.generate(prompts, 5, Sampling(temperature=1.3, max_tokens=50), seed=3)
+    for i, completion in enumerate(completions):
+        prompt, ids = prompts[i // 5], completion.token_ids
+        table = (logits_of(model, [*prompt, *ids]) / 1.3).log_softmax(-1)[len(prompt) - 1 : -1]
+        exact = table.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logps).double(), exact, rtol=1e-4, atol=1e-4)
+        assert completion.truncated == (ids[-1] not in eos)
+        assert not set(eos) & set(ids[:-1])
+    lengths = [len(c.token_ids) for c in completions]
+    assert len(set(lengths)) > 8
+    assert seen[0] == (5, 21)  # one prefill for a group
+    assert {columns for _, columns in seen[1:]} == {1}
+    for step, (rows, _) in enumerate(seen[1:], 1):
+        going = sum(n > step for n in lengths)
+        assert going <= rows
+        assert going > rows * 3 // 4 or step == 1  # most of what is computed is wanted
+    assert seen[-1][0] < 15
+    if "sliding_window" in settings:  # and the window is what it is about: without it the model is another
+        without = {**settings, "sliding_window": None, "use_sliding_window": False}
+        whole = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "whole", architecture, **without))
+        assert torch.equal(whole.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight)
+        assert (logits_of(model, prompts[4]) - logits_of(whole, prompts[4])).abs().max() > 0.1
+
+
+def test_tokens_in_flight(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder())
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["attention_mask"].shape), with_kwargs=True)
+    TorchEngine(model, eos_ids=[63], max_tokens_in_flight=40).generate(PROMPTS, 2, Sampling(max_tokens=9), seed=0)
+    sizes = [rows * columns for rows, columns in seen]
+    assert 20 < max(sizes) <= 40
+    assert seen[0][1] == 6  # the longest prompt comes first
 
 
 def test_seeds(model_folder):

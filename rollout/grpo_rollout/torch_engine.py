@@ -9,9 +9,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from grpo_rollout.engine import Completion, Sampling
+from grpo_rollout.kv_cache import decoding, growing_cache
 
 
 class TorchEngine:
@@ -58,7 +59,7 @@ class TorchEngine:
         out: list[Completion | None] = [None] * len(order)
         placed = [0] * len(prompts)
         generator = torch.Generator(device).manual_seed(seed)
-        with _evaluating(self.sampler), torch.no_grad():
+        with _evaluating(self.sampler), decoding(self.sampler), torch.no_grad():
             start = 0
             while start < len(order):
                 rows = max(1, self.max_tokens_in_flight // (len(prompts[order[start]]) + sampling.max_tokens))
@@ -84,7 +85,7 @@ class TorchEngine:
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         eos = torch.tensor(self.eos_ids, device=device)
-        cache = DynamicCache()
+        cache = growing_cache()
         logits = self._next_logits(ids, attention, positions, cache)
 
         rows = torch.tensor(row_of, device=device)
@@ -117,7 +118,7 @@ class TorchEngine:
         return [Completion(t, lp, not s) for t, lp, s in zip(tokens, logps, stopped)]
 
     def _next_logits(
-        self, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
         """[rows, vocab] float32 logits after the last column; the cache grows by the columns of ids."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):

@@ -1,0 +1,107 @@
+"""A KV cache that copies no key or value twice while it decodes: with room to write into, read where it stands.
+
+transformers copies the whole cache twice at every token: DynamicCache concatenates, and the SDPA attention repeats keys
+and values for every query head that shares them. Both are replaced through transformers' own interfaces, so its
+models stay as they are."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BLOCK = 64
+"""columns of room that a full cache grows by: one copy of it every 64 tokens, 64 columns too many at most"""
+DECODING = "sdpa_decoding"
+"""the name `decode_attention` is registered under"""
+
+
+def growing_cache() -> Cache:
+    """An empty cache of as many `GrowingLayer` as the model turns out to have."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer: [rows, key heads, columns, head dim], views of longer buffers.
+
+    It holds every column, also of a model with a sliding window: the mask does the sliding."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [rows, key heads, new columns, head dim] and return all columns so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
+        filled = self.get_seq_length()
+        self.buffers = [_append(b, filled, new) for b, new in zip(self.buffers, (key_states, value_states))]
+        return self._view(filled + key_states.shape[2])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row indices[i] was: [rows] int64, repeats allowed. The room stays."""
+        filled = self.get_seq_length()
+        self.buffers = [b.index_select(0, indices) for b in self.buffers]
+        self._view(filled)
+
+    def _view(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (b[:, :, :columns] for b in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _append(buffer: torch.Tensor, filled: int, new: torch.Tensor) -> torch.Tensor:
+    """The buffer, or where it is too short a longer one, with `new` behind its `filled` columns."""
+    end = filled + new.shape[2]
+    if end > buffer.shape[2]:
+        longer = new.new_empty(*new.shape[:2], end + BLOCK, new.shape[3])
+        longer[:, :, :filled] = buffer[:, :, :filled]
+        buffer = longer
+    buffer[:, :, filled:end] = new
+    return buffer
+
+
+def decode_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token a row in the form transformers asks for; of more tokens it is transformers' own.
+
+    query: [rows, heads, 1, dim]; key, value: [rows, key heads, columns, dim]; attention_mask: [rows, 1, 1, columns]
+    bool or None. Returns ([rows, 1, heads, dim], None). The queries that share a key head are taken as its several
+    queries, instead of the head being repeated for each: the same products, without the copies."""
+    groups = query.shape[1] // key.shape[1]
+    if query.shape[2] > 1 or groups == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    shared = rearrange(query, "rows (heads group) 1 dim -> rows heads group dim", group=groups)
+    output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
+    return rearrange(output, "rows heads group dim -> rows 1 (heads group) dim"), None
+
+
+AttentionInterface.register(DECODING, decode_attention)
+AttentionMaskInterface.register(DECODING, sdpa_mask)
+
+
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Within it a model of transformers (PEFT's wrapper or not) attends by `decode_attention`, if it did by SDPA."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(DECODING)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
