@@ -32,6 +32,9 @@ def check_args(args: Any) -> None:
         value = getattr(args, field, least)
         if value is not None and value < least:
             raise ValueError(f"{flag(field)} {value} is too small: at least {least} ({why})")
+    buffer, limit = getattr(args, "overlong_buffer", None), getattr(args, "max_completion_tokens", None)
+    if buffer is not None and limit is not None and not 1 <= buffer <= limit:
+        raise ValueError(f"--overlong-buffer {buffer} must lie in 1..{limit}, the --max-completion-tokens")
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
         if not value > 0:

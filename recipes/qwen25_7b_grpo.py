@@ -165,7 +165,6 @@ def main(args: Args) -> None:
     # What numbers and text do not decide ("1/\\sqrt{2}"), math-verify does, in processes with time limits.
     correct = functools.partial(correctness, sandbox=Sandbox())
     late = functools.partial(overlong, max_length=args.max_completion_tokens, buffer=args.overlong_buffer)
-    late([], [], [])  # a buffer longer than the limit is an error now, not at the first step
     rewards = {"correct": (correct, 1.0), "overlong": (late, 0.5)}  # name -> (function, weight)
 
     # --- policy, engine, optimizer

@@ -25,6 +25,19 @@ def test_check_args_names_flag_and_least():
         check_args(Args(learning_rate=float("nan")))
 
 
+@dataclass
+class Overlong:
+    overlong_buffer: int
+    max_completion_tokens: int = 8
+
+
+def test_check_args_compares_fields():
+    check_args(Overlong(8))
+    for buffer in (0, 9):
+        with pytest.raises(ValueError, match=f"--overlong-buffer {buffer} must lie in 1..8"):
+            check_args(Overlong(buffer))
+
+
 def test_our_errors_are_one_line(capsys):
     with pytest.raises(SystemExit, match="2"), user_errors():
         load_examples("/no/such/file.jsonl")

@@ -1,0 +1,122 @@
+"""Each big recipe as a user starts it, on a tiny random model of its architecture; its plan; its page in the docs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import load_recipe, write_byte_model
+from safetensors.torch import load_file
+
+from grpo.run import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TAGGED = [f"<reasoning>so</reasoning><answer>{n}</answer>" for n in range(200)]
+BOXED = [f"so \\boxed{{{n}}}" for n in ("48", "3", "1/2", "\\frac{1}{2}", "x+1", "7")] * 30
+THOUGHT = ["let me check</think><answer>1+2</answer>"] * 200
+
+
+class Recipe(NamedTuple):
+    architecture: str
+    answers: list[str]
+    """tokens of the model's vocabulary: whole answers, so that a random model earns rewards, and not all alike"""
+    data: str | None
+    flags: str = ""
+
+
+RECIPES = {
+    "llama31_8b": Recipe("llama", TAGGED, "gsm8k"),
+    "phi4": Recipe("phi3", BOXED, "math"),
+    "mistral_7b": Recipe("mistral", TAGGED, "gsm8k"),
+    "qwen25_7b": Recipe("qwen2", BOXED, "math", "--overlong-buffer 1"),
+    "qwen25_1_5b": Recipe("qwen2", TAGGED, "gsm8k"),
+    "llama33_70b": Recipe("llama", BOXED, "math"),
+    "countdown_zero": Recipe("qwen2", THOUGHT, None, "--train-puzzles 30"),
+}
+MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders of a few questions in GSM8K's and in MATH's form."""
+    folder = tmp_path_factory.mktemp("data")
+    gsm8k = (ROOT / "tests" / "data" / "gsm8k_form.jsonl").read_text().splitlines()
+    math = [json.dumps({"question": f"What is [{g}]?", "answer": f"It is \\boxed{{{g}}}."}) for g in MATH]
+    for name, lines in {"gsm8k": gsm8k, "math": math}.items():
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text("\n".join(lines[:-2]))
+        (folder / name / "test.jsonl").write_text("\n".join(lines[-2:]))
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_and_its_page_explains_what_it_logs(name, data, tmp_path):
+    recipe = RECIPES[name]
+    model = write_byte_model(tmp_path / "model", recipe.architecture, recipe.answers)
+    path = ROOT / "recipes" / f"{name}_grpo.py"
+    words = f"--model {model} --run-dir {tmp_path / 'run'} --steps 2 --prompts-per-step 2 --group-size 8 \
+        --max-prompt-tokens 900 --max-completion-tokens 1 --eval-questions 2 --warmup-steps 0 --learning-rate 1e-2 \
+        {'--data ' + str(data / recipe.data) if recipe.data else ''} {recipe.flags}"
+    result = subprocess.run(
+        [sys.executable, str(path), *words.split()], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [("eval/pass_at_1" in line) for line in lines] == [True, False, True]
+    assert all(line["mismatch_mean"] < 1e-4 for line in lines[1:])  # sampler and trainer are one policy
+    assert any(line["zero_variance"] < 1 and line["grad_norm"] > 0 for line in lines[1:])
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = [n for n, t in adapter.items() if "lora_B" in n and torch.count_nonzero(t)]
+    assert len(moved) == len(adapter) / 2  # B begins at zero: every adapted layer has learnt something
+    if recipe.architecture == "phi3":
+        assert {n.split(".")[-3] for n in moved} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+    page = (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
+    unexplained = [key for key in lines[-1] if key not in ("schema", "step", "times") and f"`{key}`" not in page]
+    assert not unexplained
+    assert f"docs/recipes/{name}.md" in path.read_text()
+    assert f"docs/recipes/{name}.md" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsys):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
+    model = str(write_byte_model(tmp_path / "model", RECIPES[name].architecture, []))
+    recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gb=15, dry_run=True))
+    printed = capsys.readouterr().out
+    assert "limit 15.00" in printed
+    defaults = recipe.Args()
+    tokens = defaults.prompts_per_step * defaults.group_size * (256 + defaults.max_completion_tokens)
+    assert f"{tokens:,} tokens a step at most" in printed
+    with pytest.raises(ValueError, match="raise --gpu-memory-gb"):
+        recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gb=0.5))
+    assert not (tmp_path / "run").exists()
+
+
+def test_self_checks_are_looked_for_in_the_reasoning_alone():
+    recipe = load_recipe(ROOT / "recipes" / "countdown_zero_grpo.py")
+    texts = {
+        "<think>3 * 4 = 12. Wait, that uses 4 twice.</think>": 1,
+        "<think>50 is too high, so\ntry another.</think><answer>1</answer>": 1,
+        "<think>Let me re-check: 3 + 4 = 7.</think>": 1,
+        "<think>It is 3 + 4.</think><answer>wait</answer>": 0,
+        "<think>The waiter adds 3 and 4.</think>": 0,
+        "<think>verified</think>": 0,
+    }
+    assert recipe.self_checks(list(texts)) == list(texts.values())
+
+
+def test_one_box_is_paid_and_several_are_not():
+    for name in ("phi4", "llama33_70b"):
+        recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
+        assert recipe.one_box(["so \\boxed{3}", "\\boxed{3} or \\boxed{4}", "3"], [""] * 3) == [1, 0, 0]
+
+
+def test_says_a_number():
+    recipe = load_recipe(ROOT / "recipes" / "qwen25_1_5b_grpo.py")
+    texts = ["<answer>-1,000</answer>", "<answer>\n2.5\n</answer>", "<answer>many</answer>", "7", ""]
+    assert recipe.says_a_number(texts, [""] * 5) == [1, 1, 0, 0, 0]
