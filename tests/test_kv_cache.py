@@ -20,7 +20,7 @@ from grpo_rollout.torch_engine import TorchEngine
 def test_equals_the_dynamic_cache(actions):
     """Any order of appended columns (numbers) and chosen rows (lists), in blocks of 4 so that buffers often grow."""
     generator = torch.Generator().manual_seed(0)
-    ours, theirs, rows = growing_cache(), DynamicCache(), 3
+    ours, theirs, rows = growing_cache(110), DynamicCache(), 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "BLOCK", 4)
         for action in [2, *actions]:
@@ -41,7 +41,7 @@ def test_equals_the_dynamic_cache(actions):
 
 
 def test_a_token_is_written_where_the_cache_stands():
-    cache = growing_cache()
+    cache = growing_cache(10 + 2 * kv_cache.BLOCK + 7)
     key = torch.randn(3, 2, 10, 4)
     places = set()
     for _ in range(1 + 2 * kv_cache.BLOCK):
@@ -49,8 +49,9 @@ def test_a_token_is_written_where_the_cache_stands():
         places.add((keys.data_ptr(), values.data_ptr()))
         key = torch.randn(3, 2, 1, 4)
     assert len(places) == 2  # the second block of room needed one move
-    buffer = cache.layers[0].buffers[0]
-    assert keys.shape[2] <= buffer.shape[2] <= keys.shape[2] + kv_cache.BLOCK
+    for _ in range(7):
+        cache.update(key, key, 0)
+    assert {b.shape for b in cache.layers[0].buffers} == {(3, 2, 10 + 2 * kv_cache.BLOCK + 7, 4)}  # and no more
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 6])

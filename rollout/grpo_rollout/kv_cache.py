@@ -5,6 +5,7 @@ and values for every query head that shares them. Both are replaced through tran
 models stay as they are."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,20 +19,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK = 64
-"""columns of room that a full cache grows by: one copy of it every 64 tokens, 64 columns too many at most"""
+"""columns that a full cache grows by: it is copied once every 64 tokens, and no answer that ends early costs more"""
 DECODING = "sdpa_decoding"
 """the name `decode_attention` is registered under"""
 
 
-def growing_cache() -> Cache:
-    """An empty cache of as many `GrowingLayer` as the model turns out to have."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+def growing_cache(columns: int) -> Cache:
+    """An empty cache for at most so many columns, of as many `GrowingLayer` as the model turns out to have."""
+    layer: Any = functools.partial(GrowingLayer, columns)
+    return Cache(layer_class_to_replicate=layer)
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer: [rows, key heads, columns, head dim], views of longer buffers.
 
     It holds every column, also of a model with a sliding window: the mask does the sliding."""
+
+    def __init__(self, max_columns: int) -> None:
+        super().__init__()
+        self.max_columns = max_columns
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -41,7 +47,9 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
         filled = self.get_seq_length()
-        self.buffers = [_append(b, filled, new) for b, new in zip(self.buffers, (key_states, value_states))]
+        self.buffers = [
+            _append(b, filled, new, self.max_columns) for b, new in zip(self.buffers, (key_states, value_states))
+        ]
         return self._view(filled + key_states.shape[2])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -56,11 +64,11 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
 
-def _append(buffer: torch.Tensor, filled: int, new: torch.Tensor) -> torch.Tensor:
+def _append(buffer: torch.Tensor, filled: int, new: torch.Tensor, max_columns: int) -> torch.Tensor:
     """The buffer, or where it is too short a longer one, with `new` behind its `filled` columns."""
     end = filled + new.shape[2]
     if end > buffer.shape[2]:
-        longer = new.new_empty(*new.shape[:2], end + BLOCK, new.shape[3])
+        longer = new.new_empty(*new.shape[:2], min(end + BLOCK, max_columns), new.shape[3])
         longer[:, :, :filled] = buffer[:, :, :filled]
         buffer = longer
     buffer[:, :, filled:end] = new

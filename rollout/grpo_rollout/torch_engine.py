@@ -85,7 +85,7 @@ class TorchEngine:
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         eos = torch.tensor(self.eos_ids, device=device)
-        cache = growing_cache()
+        cache = growing_cache(width + sampling.max_tokens)
         logits = self._next_logits(ids, attention, positions, cache)
 
         rows = torch.tensor(row_of, device=device)
