@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+ROOT = Path(__file__).parent.parent
 ARCHITECTURES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -75,25 +76,15 @@ def write_model(folder, architecture: str = "llama", *, seed: int = 0, **setting
 def write_byte_model(folder, architecture: str, answers: Sequence[str]):
     """A random model whose tokens are bytes, and these answers: any text can be a prompt, and what it says earns
     rewards now and then. Its chat template closes a turn with <end>."""
-    byte = {c: i + 4 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<end>": 3}
-    tokenizer = Tokenizer(models.BPE(vocab=special | byte, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(f"{a}{' ' * i}", normalized=False) for i, a in enumerate(answers)])
-    size = 64 * -(-tokenizer.get_vocab_size() // 64)
+    tokenizer = load_recipe(ROOT / "benchmarks" / "random_model.py").byte_tokenizer(answers)
+    size = 64 * -(-len(tokenizer) // 64)
     write_model(folder, architecture, vocab_size=size, max_position_embeddings=1024)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<end>"],
-    )  # fmt: skip
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 def load_recipe(path: Path):
-    """A recipe as a module: its folder is no package."""
+    """A recipe or benchmark as a module: its folder is no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up

@@ -1,28 +1,15 @@
 """The plan of a run: the true shapes of the big models within their cards, and what never exceeds a limit."""
 
 import pytest
+from conftest import ROOT, load_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from grpo.memory import GIB
 from grpo.models import target_modules
 from grpo_rollout.plan import describe, make_plan
 
-BIG = {
-    "phi4": Phi3Config(vocab_size=100_352, hidden_size=5120, intermediate_size=17_920, num_hidden_layers=40,
-                       num_attention_heads=40, num_key_value_heads=10, pad_token_id=None),
-    "llama_8b": LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-                            num_attention_heads=32, num_key_value_heads=8),
-    "mistral_7b": MistralConfig(vocab_size=32_768, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-                                num_attention_heads=32, num_key_value_heads=8),
-    "qwen_7b": Qwen2Config(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
-                           num_attention_heads=28, num_key_value_heads=4),
-    "qwen_1_5b": Qwen2Config(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                             num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
-    "llama_70b": LlamaConfig(vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
-                             num_attention_heads=64, num_key_value_heads=8),
-}  # fmt: skip
+BIG = load_recipe(ROOT / "benchmarks" / "random_model.py").SHAPES
 MODULES = {name: target_modules(config, "all-linear") for name, config in BIG.items()}
 
 
@@ -36,12 +23,12 @@ def plan(name, **changes):
     [
         ("phi4", 256, {"sequences": 6}, 15),
         ("phi4", 1024, {}, 16),
-        ("llama_8b", 768, {}, 10),
+        ("llama31_8b", 768, {}, 10),
         ("mistral_7b", 768, {}, 10),
-        ("qwen_7b", 768, {}, 10),
-        ("qwen_1_5b", 512, {}, 5),
-        ("llama_8b", 20_224, {}, 24),
-        ("llama_70b", 768, {"lora_rank": 8}, 48),
+        ("qwen25_7b", 768, {}, 10),
+        ("qwen25_1_5b", 512, {}, 5),
+        ("llama31_8b", 20_224, {}, 24),
+        ("llama33_70b", 768, {"lora_rank": 8}, 48),
     ],
 )
 def test_the_cards_that_the_recipes_promise(name, completion_tokens, changes, limit):
@@ -54,21 +41,21 @@ def test_the_cards_that_the_recipes_promise(name, completion_tokens, changes, li
 
 
 def test_parts_by_hand():
-    made = plan("llama_8b")
+    made = plan("llama31_8b")
     assert (made.limit, made.engine_gb) == (None, None)
     assert made.generate["KV cache"] == (8 * 1024 + 16) * 128 * 1024
     assert made.resident["optimizer"] == 8 * 41_943_040
     assert made.tokens_per_step == 8 * 1024
     assert made.peak == sum(made.resident.values()) + max(sum(made.generate.values()), sum(made.train.values()))
     # 8 x 256 + 256 tokens took 1.9 s and 0.57 s on an H100.
-    short = plan("llama_8b", max_completion_tokens=256)
+    short = plan("llama31_8b", max_completion_tokens=256)
     assert short.generate_seconds == pytest.approx(1.9, rel=0.2)
     assert short.train_seconds == pytest.approx(0.57, rel=0.2)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(["phi4", "qwen_1_5b"]),
+    st.sampled_from(["phi4", "qwen25_1_5b"]),
     st.floats(1, 40),
     st.integers(1, 64),
     st.integers(1, 20_000),
@@ -96,25 +83,25 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
 
 def test_layers_inputs_go_to_the_host_only_where_they_must():
     long = {"max_completion_tokens": 20_224, "sequences": 1}
-    limits = [plan("llama_8b", gpu_memory_gb=g, **long).offload for g in (24, 20, 16)]
+    limits = [plan("llama31_8b", gpu_memory_gb=g, **long).offload for g in (24, 20, 16)]
     assert limits == [False, False, True]
     with pytest.raises(ValueError, match=r"needs .* GiB \(CUDA context .* weights, 4 bit 3.35.*raise --gpu-memory-gb"):
-        plan("llama_8b", gpu_memory_gb=12, kv_cache_dtype="fp8", **long)
+        plan("llama31_8b", gpu_memory_gb=12, kv_cache_dtype="fp8", **long)
 
 
 def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
-    plans = [plan("llama_8b", gpu_memory_gb=g, sequences=32) for g in (24, 12, 9)]
+    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (24, 12, 9)]
     assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 2
     assert plans[0].sequences == 32 > plans[2].sequences
 
 
 def test_refusals_name_the_flag():
     with pytest.raises(ValueError, match="--gpu-memory-gb -1 must be above 0"):
-        plan("qwen_1_5b", gpu_memory_gb=-1)
+        plan("qwen25_1_5b", gpu_memory_gb=-1)
 
 
 def test_description_shows_every_part_and_the_sums():
-    made = plan("qwen_1_5b", gpu_memory_gb=4.5)
+    made = plan("qwen25_1_5b", gpu_memory_gb=4.5)
     text = describe(made)
     for part in (*made.resident, *made.generate, *made.train):
         assert part in text

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from grpo.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
+MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
 TAGGED = [f"<reasoning>so</reasoning><answer>{n}</answer>" for n in range(200)]
-BOXED = [f"so \\boxed{{{n}}}" for n in ("48", "3", "1/2", "\\frac{1}{2}", "x+1", "7")] * 30
-THOUGHT = ["let me check</think><answer>1+2</answer>"] * 200
+BOXED = [f"{n} times so \\boxed{{{gold}}}" for n in range(30) for gold in MATH]
+THOUGHT = [f"let me check {n}</think><answer>1+2</answer>" for n in range(200)]
 
 
 class Recipe(NamedTuple):
@@ -36,7 +37,6 @@ RECIPES = {
     "llama33_70b": Recipe("llama", BOXED, "math"),
     "countdown_zero": Recipe("qwen2", THOUGHT, None, "--train-puzzles 30"),
 }
-MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
 
 
 @pytest.fixture(scope="module")
