@@ -2,15 +2,28 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from grpo.memory import GIB, dims
 from grpo.models import load_policy
+from grpo.run import read_metrics, strip_times
+from grpo.tiny import Tiny, tiny_model
 from grpo_rollout import vllm_engine
 from grpo_rollout.engine import Sampling
+from grpo_rollout.sizing import kv_bytes_per_token, working_bytes
 from grpo_rollout.vllm_engine import SyncError, VLLMEngine, check_version
 
 needs_vllm = pytest.mark.skipif(
@@ -95,11 +108,15 @@ class Pair:
         ids = torch.tensor([PROMPTS[0]])
         with torch.no_grad():
             logits = self.model(ids).logits
-            self.engine = VLLMEngine(
-                self.model, eos_ids=[2, 3], max_prompt_tokens=32, max_completion_tokens=32, sequences=8
-            )
+            self.make_engine()
             self.moved = (self.model(ids).logits - logits).abs().max().item()
         self.state_after = torch.get_rng_state()
+
+    def make_engine(self, sequences: int = 8, gpu_memory_gb: float | None = None) -> None:
+        self.engine = VLLMEngine(
+            self.model, eos_ids=[2, 3], max_prompt_tokens=32, max_completion_tokens=32, sequences=sequences,
+            gpu_memory_gb=gpu_memory_gb,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "phi3", "dynamic"])
@@ -177,6 +194,54 @@ def test_seeds_and_nothing_else_decide(fresh):
     assert [c.token_ids for c in fresh.engine.generate(PROMPTS, 4, sampling, seed=5)] == [c.token_ids for c in first]
     assert [c.token_ids for c in fresh.engine.generate(PROMPTS, 4, sampling, seed=6)] != [c.token_ids for c in first]
     assert len({tuple(c.token_ids) for c in first[:4]}) == 4  # members of a group differ
+
+
+@needs_vllm
+def test_no_generator_of_the_process_is_drawn_from(fresh):
+    """Else a run's later random numbers would depend on how many checks there were, which a resumed run counts anew."""
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = states()
+    fresh.engine.check(PROMPTS[2])
+    assert states() == before
+    fresh.engine.generate(PROMPTS, 2, Sampling(max_tokens=4), seed=0)
+    assert states() == before
+
+
+@needs_vllm
+def test_the_checks_change_no_sample(fresh, monkeypatch):
+    sampling = Sampling(max_tokens=12)
+    monkeypatch.setattr(fresh.engine, "check_every", 1)
+    checked = [fresh.engine.generate(PROMPTS, 2, sampling, seed=s) for s in range(3)]
+    monkeypatch.setattr(fresh.engine, "check_every", 0)
+    assert [fresh.engine.generate(PROMPTS, 2, sampling, seed=s) for s in range(3)] == checked
+
+
+@needs_vllm
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+@pytest.mark.parametrize("at_a_time", [2, 1])
+def test_more_requests_than_sequences_wait_their_turn(fresh, at_a_time):
+    """2 at a time, as asked, or 1, as there is memory for no more: the same completions, as each has its seed."""
+    sampling = Sampling(max_tokens=32)  # with the longest prompt all that there is room for
+    prompts = [*PROMPTS, [1, *range(20, 51)]]
+    at_once = fresh.engine.generate(prompts, 3, sampling, seed=5)  # 12 requests are more than 8, too
+    fresh.engine.close()
+    if at_a_time == 2:
+        fresh.make_engine(sequences=2)
+    else:
+        model = dims(fresh.model.config)
+        work = working_bytes(model, 8 * 32, 1, cuda_graphs=False)
+        one = (64 + 32) * kv_bytes_per_token(model, 4)  # a sequence's length, and a block of vLLM's own
+        fresh.make_engine(sequences=8, gpu_memory_gb=(work + one + 1) / GIB)
+    assert fresh.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == at_a_time
+    in_turn = fresh.engine.generate(prompts, 3, sampling, seed=5)
+    fresh.engine.close()
+    fresh.make_engine()
+    assert [c.token_ids for c in in_turn] == [c.token_ids for c in at_once]
+    for one, other in zip(at_once, in_turn):
+        torch.testing.assert_close(torch.tensor(one.logps), torch.tensor(other.logps), rtol=0, atol=1e-5)
 
 
 @needs_vllm
@@ -259,3 +324,98 @@ def test_refusals(fresh):
         fresh.engine.sync(torch.nn.Linear(1, 1))
     with pytest.warns(UserWarning, match="biased"):
         fresh.engine.generate([[1, 9]], 1, Sampling(top_p=0.9, max_tokens=2), seed=0)
+
+
+# ---- whole recipes, as programs
+
+ROOT = Path(__file__).parent.parent
+
+
+class Recipe:
+    """A recipe with --engine vllm in a process of its own, as there is one engine a process."""
+
+    def __init__(self, name: str, *words: object) -> None:
+        program = [sys.executable, str(ROOT / "tests" / "vllm_recipe.py"), str(ROOT / "recipes" / name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(
+            [*program, *map(str, words)],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def ended(self, code: int = 0) -> None:
+        output, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == code, output[-3000:]
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [strip_times(line) for line in read_metrics(directory / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """(arguments, directory of a run never stopped) of the quickstart's own model, hardly trained."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    model = tiny_model(Tiny(steps=20, batch_size=8))
+    patch.undo()
+    words = f"--engine vllm --model {model} --steps 10 --prompts-per-step 4 --group-size 8 --max-completion-tokens 8 \
+        --eval-questions 20 --eval-every 5 --save-every 2 --learning-rate 1e-2".split()
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    Recipe("quickstart_grpo.py", *words, "--run-dir", directory).ended()
+    return words, directory
+
+
+@needs_vllm
+def test_the_quickstart_learns_with_vllm(quickstart):
+    _, directory = quickstart
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == list(range(11))
+    assert all(line["mismatch_mean"] < 1e-5 for line in lines[1:])  # the sampler's policy is the trainer's, each step
+    assert lines[-1]["eval/pass_at_1"] > 1.5 * lines[0]["eval/pass_at_1"]
+    adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
+    changed = [tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name]
+    assert len(changed) == 2 * 7
+    assert all(changed)  # B starts at zero
+
+
+@needs_vllm
+def test_stopped_and_resumed_it_is_the_run_that_never_was(quickstart, tmp_path):
+    """Every metric but times, every sample kept and the adapter, bit for bit: a completion's seed depends on step and
+    place alone, the prefix cache is emptied before each call, and the check, which begins its count anew on resuming,
+    draws from no generator."""
+    words, whole = quickstart
+    stopped = tmp_path / "stopped"
+    first = Recipe("quickstart_grpo.py", *words, "--run-dir", stopped)
+    deadline = time.monotonic() + 120
+    while not (stopped / "metrics.jsonl").exists() or len(read_metrics(stopped / "metrics.jsonl")) < 3:
+        assert first.process.poll() is None, first.process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.process.send_signal(signal.SIGTERM)
+    first.ended(128 + signal.SIGTERM)
+    assert 3 <= len(metrics(stopped)) < 11
+    assert not (stopped / "adapter").exists()
+    Recipe("quickstart_grpo.py", "--resume", stopped).ended()
+    assert metrics(stopped) == metrics(whole)
+    for part in ("completions", "adapter"):
+        kept = {p.name: p.read_bytes() for p in (whole / part).iterdir()}
+        assert {p.name: p.read_bytes() for p in (stopped / part).iterdir()} == kept
+
+
+@needs_vllm
+def test_smollm2_with_vllm(tmp_path):
+    """Several iterations on each batch, whose sampler the first must agree with; word problems from a folder."""
+    model = write_model(tmp_path / "model", head_dim=32)
+    (tmp_path / "data").mkdir()
+    lines = (ROOT / "tests" / "data" / "gsm8k_form.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:-3]))
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines[-3:]))
+    words = f"--engine vllm --model {model} --task gsm8k --data {tmp_path / 'data'} --run-dir {tmp_path / 'run'} \
+        --max-prompt-tokens 200 --max-completion-tokens 24 --steps 3 --prompts-per-step 2 --group-size 4 \
+        --num-iterations 2 --loss grpo --beta 0.1 --learning-rate 1e-2 --warmup-steps 0"
+    Recipe("smollm2_grpo.py", *words.split()).ended()
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["mismatch_mean"] < 1e-5 for line in lines[1:])
+    assert all(line["ratio_max"] > 1.01 for line in lines[1:])  # of the second iteration: the adapter moved
+    assert lines[-1]["kl"] > 1e-3

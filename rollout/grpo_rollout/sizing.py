@@ -5,7 +5,7 @@ from typing import NamedTuple
 from grpo.memory import GIB, Dims
 
 KV_BLOCK = 16
-"""tokens that vLLM allocates of the KV cache at a time"""
+"""tokens of the KV cache that vLLM allocates at a time, as the engine tells it to on a GPU"""
 
 
 class Sizes(NamedTuple):
@@ -49,6 +49,7 @@ def engine_sizes(
     sequences: int,
     budget_bytes: int | None = None,
     kv_bytes_per_value: int = 2,
+    kv_block: int = KV_BLOCK,
     cuda_graphs: bool = True,
 ) -> Sizes:
     """The largest engine that fits: at most `sequences` at a time, each able to reach its full length.
@@ -74,16 +75,16 @@ def engine_sizes(
     used = total_bytes - free_bytes
     length = max_prompt_tokens + max_completion_tokens
     per_token = kv_bytes_per_token(model, kv_bytes_per_value)
-    per_sequence = -(-length // KV_BLOCK) * KV_BLOCK
+    per_sequence = -(-length // kv_block) * kv_block
     # Prompts are short against completions: a small first pass costs little and bounds the activations.
     tokens = max(min(2048, sequences * max_prompt_tokens), sequences, 64)
 
     for running in range(sequences, 0, -1):
         working = working_bytes(model, tokens, running, cuda_graphs=cuda_graphs)
-        kv_tokens = running * per_sequence + KV_BLOCK  # one block is vLLM's own
+        kv_tokens = running * per_sequence + kv_block  # one block is vLLM's own
         if used + working + kv_tokens * per_token <= limit:
             return Sizes(length, running, tokens, kv_tokens, kv_tokens * per_token, working)
-    need = used + working + (per_sequence + KV_BLOCK) * per_token
+    need = used + working + (per_sequence + kv_block) * per_token
     raise ValueError(
         f"one sequence of {max_prompt_tokens} + {max_completion_tokens} tokens needs {need / GIB:.1f} GiB "
         f"({used / GIB:.1f} in use, {working / GIB:.1f} to work in, {(need - used - working) / GIB:.1f} of KV cache), "

