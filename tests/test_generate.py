@@ -67,7 +67,10 @@ def test_engine_names(model_folder):
         make_engine("nonsense", model, eos_ids=[2], pad_id=0)
     with pytest.raises(ValueError, match="--engine vllm"):
         make_engine("vllm", model, eos_ids=[2], pad_id=0)  # not installed, or no lengths
-    engine = make_engine(
-        "auto", model, eos_ids=[2], pad_id=0, max_prompt_tokens=8, max_completion_tokens=8, sequences=4
-    )
-    assert type(engine).__name__ == "TorchEngine"  # on the CPU
+    lengths = {"max_prompt_tokens": 8, "max_completion_tokens": 8}
+    settings = {"sequences": 4, "gpu_memory_gb": 15.0, "kv_cache_dtype": "fp8"}  # VLLMEngine's
+    for kind in ("auto", "torch"):
+        engine = make_engine(kind, model, eos_ids=[2], pad_id=0, **lengths, **settings)
+        assert type(engine).__name__ == "TorchEngine"  # on the CPU
+    with pytest.raises(TypeError, match=r"no setting sequence$"):  # found here, not on the GPU
+        make_engine("torch", model, eos_ids=[2], pad_id=0, **lengths, sequence=4)

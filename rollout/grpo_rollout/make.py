@@ -1,10 +1,12 @@
 """Choosing an engine by name."""
 
 import importlib.util
+import inspect
 from typing import Any
 
 from grpo_rollout.engine import Engine
 from grpo_rollout.torch_engine import TorchEngine
+from grpo_rollout.vllm_engine import VLLMEngine
 
 ENGINES = ("auto", "vllm", "torch")
 
@@ -23,8 +25,12 @@ def make_engine(
     where it is installed and the lengths are given, and torch elsewhere.
 
     max_prompt_tokens, max_completion_tokens: of any later call; vLLM needs them to size its memory.
-    settings: of VLLMEngine (sequences, gpu_memory_gb, ...); the torch engine has no use for them.
-    Raises ValueError, naming the flag, for another name or where vLLM is asked for and missing."""
+    settings: of VLLMEngine (sequences, gpu_memory_gb, kv_cache_dtype, ...); the torch engine has no use for them.
+    Raises ValueError, naming the flag, for another name or where vLLM is asked for and missing; TypeError for a
+    setting that VLLMEngine has not, whichever engine is taken."""
+    unknown = settings.keys() - inspect.signature(VLLMEngine).parameters.keys()
+    if unknown:
+        raise TypeError(f"VLLMEngine has no setting {', '.join(sorted(unknown))}")
     if kind not in ENGINES:
         raise ValueError(f"--engine {kind}: no such engine; choose one of {', '.join(ENGINES)}")
     device = next(model.parameters()).device
@@ -35,8 +41,6 @@ def make_engine(
     if kind == "vllm" and not sized:
         raise ValueError("--engine vllm needs max_prompt_tokens and max_completion_tokens: it sizes its memory by them")
     if kind == "vllm" or (kind == "auto" and installed and sized and device.type == "cuda"):
-        from grpo_rollout.vllm_engine import VLLMEngine
-
         return VLLMEngine(
             model,
             eos_ids=eos_ids,

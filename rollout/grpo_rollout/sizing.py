@@ -55,7 +55,9 @@ def engine_sizes(
     """The largest engine that fits: at most `sequences` at a time, each able to reach its full length.
 
     total_bytes, free_bytes: of the card, the trainer's weights, adapter and optimizer being loaded already.
-    budget_bytes: what the whole process may use of it, taken as all that is used now (None: 97% of the card).
+    budget_bytes: what may be in use on it, all that is used now included (None: 97% of the card).
+    --gpu-memory-gb is in GiB, 2**30 bytes, as nvidia-smi's MiB are in 2**20: 15 allows 15,360 MiB there.
+    kv_block: tokens of the KV cache that are allocated at a time.
     What is left after `working_bytes` is for the KV cache. The KV cache holds every running sequence at full
     length, so none is ever evicted and computed again; where that does not fit, fewer run at a time.
     Training may use the KV cache's share: it is released then.

@@ -63,8 +63,9 @@ class VLLMEngine:
     model: a PEFT model whose base is a causal LM that vLLM knows too; its linear layers' storage is rearranged in
     place (see shared_weights). folder: where its config is; None is where the model was loaded from.
     eos_ids: any of them ends a completion.
-    max_prompt_tokens, max_completion_tokens, sequences (at a time), gpu_memory_gb (the whole process): see
-    sizing.engine_sizes, which turns them into the engine's sizes.
+    max_prompt_tokens, max_completion_tokens, sequences (at a time), gpu_memory_gb: see sizing.engine_sizes, which turns
+    them into the engine's sizes. gpu_memory_gb is in GiB (2**30 bytes: nvidia-smi's MiB / 1024), of all that is in use
+    on the card, the trainer and CUDA's context included.
     kv_cache_dtype: "auto" is the model's, "fp8" halves the KV cache.
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
@@ -119,11 +120,12 @@ class VLLMEngine:
             raise ValueError(f"--lora-rank {rank} is more than vLLM's largest, {RANKS[-1]}")
         linears = base_linears(base)
         joined = _Joined(linears)
+        budget = None if gpu_memory_gb is None else int(gpu_memory_gb * GIB)
         if on_gpu:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
         else:
-            free = total = 4 << 30
+            free = total = budget or 4 * GIB
         block = KV_BLOCK if on_gpu else 32  # the least that vLLM's attention on a CPU takes
         self.sizes: Sizes = engine_sizes(
             dims(base.config),
@@ -132,7 +134,7 @@ class VLLMEngine:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=max_completion_tokens,
             sequences=sequences,
-            budget_bytes=None if gpu_memory_gb is None else int(gpu_memory_gb * GIB),
+            budget_bytes=budget,
             kv_bytes_per_value=1 if kv_cache_dtype == "fp8" else self.dtype.itemsize,
             kv_block=block,
             cuda_graphs=cuda_graphs and on_gpu,
