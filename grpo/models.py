@@ -8,8 +8,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import bitsandbytes as bnb
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -195,6 +196,10 @@ def load_policy(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantized),
     )
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):  # a quantised checkpoint may ask for another type than this device's
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            cast(Any, module.weight).quant_state.dtype = dtype
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.requires_grad_(False)
