@@ -161,18 +161,57 @@ def test_maximum_that_moves_from_tile_to_tile(small_tiles, backend, slope, sign)
         assert row_error(a, e) < 1e-4 * max(1, slope)  # fp32 logits near 900 are 3e-5 apart
 
 
+@needs_triton
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("slope", [0.0, 0.02, 0.05, 3.0, -3.0])  # nats per column: below and above 8 bits a tile
+def test_one_reduction_matches_float64(small_tiles, softcap, slope):
+    """The variant of the row kernel without gradient; also with its first tile forbidden, and half of the rows
+    confident."""
+    x, weight, bias, targets, *_ = inputs(6, 64, 301, torch.float32)
+    targets[0] = 0
+    directions = weight[targets[::2]]
+    x[::2] = 0.1 * x[::2] + 20 * directions / directions.square().sum(1, keepdim=True)
+    bias = bias * 0.1 + slope * torch.arange(301)
+    for forbidden in (0, 100):
+        bias[:forbidden] = -torch.inf
+        options = {"temperature": 0.9, "softcap": softcap}
+        rows = targets >= forbidden
+        expected = linear_logprob_reference(x.double(), weight.double(), targets, bias=bias.double(), **options)
+        actual = linear_logprob(x, weight, targets, bias=bias, backend="triton", _one_reduction=True, **options)
+        usual = linear_logprob(x, weight, targets, bias=bias, backend="triton", **options)
+        assert row_error(actual[0][rows], expected[0][rows]) < 1e-4 * max(1, abs(slope))
+        if not forbidden:  # 0 * -inf in the reference
+            assert row_error(actual[1], expected[1]) < 1e-4 * max(1, abs(slope))
+        for a, u in zip(actual, usual):
+            torch.testing.assert_close(a[rows], u[rows], rtol=2e-5, atol=1e-5)
+
+
+@needs_triton
+def test_one_reduction_of_rows_without_gradient(small_tiles):
+    x, weight, bias, targets, *upstream = inputs(8, 16, 130, torch.float32)
+    options = {"backend": "triton", "grad_rows": torch.arange(8) % 3 == 0}
+    usual, variant = (
+        run(linear_logprob, x, weight, bias, targets, [upstream[0], None], **options, _one_reduction=one)
+        for one in (False, True)
+    )
+    for u, v in zip(usual, variant):
+        torch.testing.assert_close(v, u, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_forbidden_tokens(small_tiles, backend, low_memory):
-    """A bias of -inf takes a token out: the same as a smaller head."""
-    x, weight, _, targets, *upstream = inputs(4, 16, 150, torch.float32)
+@pytest.mark.parametrize("first", [0, 70])
+def test_forbidden_tokens(small_tiles, backend, low_memory, first):
+    """A bias of -inf takes a token out: the same as a smaller head, be it a whole tile and the first."""
+    x, weight, _, targets, *upstream = inputs(4, 16, 170, torch.float32)
     targets = targets % 100
-    bias = torch.zeros(150).index_fill_(0, torch.arange(100, 150), -torch.inf)
+    bias = torch.full((170,), -torch.inf)
+    bias[first : first + 100] = 0
     upstream[1] = None if not low_memory else upstream[1]
     options = {"backend": backend, "low_memory": low_memory, "entropy_grad": low_memory}
-    expected = run(linear_logprob, x, weight[:100], None, targets, upstream, **options)
+    expected = run(linear_logprob, x, weight[first : first + 100], None, targets, upstream, **options)
     leaf = x.clone().requires_grad_()
-    logps, entropy = linear_logprob(leaf, weight, targets, bias=bias, **options)
+    logps, entropy = linear_logprob(leaf, weight, targets + first, bias=bias, **options)
     torch.testing.assert_close(logps, expected[0])
     torch.testing.assert_close(entropy, expected[1])
     (logps * upstream[0] + (entropy * upstream[1] if low_memory else 0)).sum().backward()

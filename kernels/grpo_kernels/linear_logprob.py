@@ -54,6 +54,7 @@ def linear_logprob(
     grad_rows: Tensor | None = None,
     low_memory: bool = False,
     backend: Literal["triton", "torch"] | None = None,
+    _one_reduction: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each row's distribution, from hidden states.
 
@@ -69,6 +70,7 @@ def linear_logprob(
             saved. For rows of zero advantage where nothing else (KL, entropy bonus) gives a gradient. None: all.
         low_memory: keep nothing of [tokens, hidden] for the backward pass: the logits are made again there.
         backend: None picks Triton row kernels on CUDA, torch elsewhere.
+        _one_reduction: a row kernel for rows without gradient that is still to be measured (benchmarks/loss.py).
 
     Returns:
         logps: [tokens] float32, nats.
@@ -83,7 +85,9 @@ def linear_logprob(
         backend = "triton" if usable and hidden.is_cuda else "torch"
     elif backend not in ("triton", "torch") or (backend == "triton" and not usable):
         raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton, not for float64), 'torch' or None")
-    options = _Options(LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad)
+    options = _Options(
+        LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad, _one_reduction
+    )
     return _LinearLogprob.apply(hidden, weight, bias, targets, grad_rows, options)
 
 
@@ -148,6 +152,7 @@ class _Options(NamedTuple):
     kernels: bool  # Triton row kernels rather than torch row steps
     recompute: bool  # the logits again in the backward pass, rather than a gradient factor kept
     entropy_grad: bool
+    one_reduction: bool
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -249,7 +254,8 @@ def _forward(
     height, width = _tile(tokens, "factor" if len(factor) else "sums")
     chunks = (*_slices(0, len(factor), height), *_slices(len(factor), tokens, height))
     state = torch.zeros(4, tokens, dtype=factor.dtype, device=hidden.device)
-    state[0] = state[3] = -torch.inf
+    state[0] = -1e30  # finite: a tile of forbidden tokens only (-inf) minus it is no nan
+    state[3] = -torch.inf
     step = _softmax_step_triton if options.kernels else _softmax_step_torch
     blocks = _blocks(weight, width)
     streams = _streams(hidden, len(chunks))
@@ -500,6 +506,14 @@ def _softmax_step_triton(
 ) -> Tensor:
     rows, width = logits.shape
     block, warps = _launch_shape(logits)
+    if accumulator is None and options.one_reduction:
+        _sums_step_kernel[(rows,)](
+            *(logits, bias, targets, state, logits.stride(0), state.stride(0), start, width, options.scale),
+            SOFTCAP=options.softcap,
+            BLOCK=block,
+            num_warps=warps,
+        )
+        return narrow
     _softmax_step_kernel[(rows,)](
         *(logits, narrow, bias, targets, state, accumulator),
         *(logits.stride(0), narrow.stride(0), state.stride(0), 0 if accumulator is None else accumulator.shape[1]),
@@ -594,6 +608,57 @@ if triton is not None:
                     pointers = accumulator_ptr + row * hidden_size + first + columns
                     within = first + columns < hidden_size
                     tl.store(pointers, decay * tl.load(pointers, mask=within), mask=within)
+
+    @triton.jit
+    def _fold(maximum, total, weighted, other_maximum, other_total, other_weighted):
+        return tl.maximum(maximum, other_maximum), total + other_total, weighted + other_weighted
+
+    @triton.jit
+    def _sums(z, shift, columns, target):
+        """Maximum of z, and sums of 2^(z - shift) and of that times z - shift without the target, in one reduction."""
+        shifted = tl.maximum(z - shift, -1e4)  # 0 * -inf would be nan
+        powers = tl.where(columns == target, 0.0, tl.exp2(shifted))
+        return tl.reduce((z, powers, powers * shifted), 0, _fold)
+
+    @triton.jit
+    def _sums_step_kernel(
+        logits_ptr, bias_ptr, targets_ptr, state_ptr, logits_stride, state_stride, start, width, scale,
+        SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """`_softmax_step_kernel` without an accumulator, and without waiting for the tile's maximum before the sums.
+
+        They are relative to the state's `maximum` of the tiles before, which here may lie up to 8 bits below the true
+        one. Only where a tile rises further (most rows: never; a confident one: at its target) is the row done again.
+        """
+        row = tl.program_id(0)
+        columns = tl.arange(0, BLOCK)
+        valid = columns < width
+        raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=-float("inf"))
+        target = tl.load(targets_ptr + row).to(tl.int32) - start
+        inside = (target >= 0) & (target < width)
+        raw_target = tl.load(logits_ptr + row * logits_stride + target, mask=inside, other=0.0)
+        state = state_ptr + row
+        old = tl.load(state)
+        total = tl.load(state + state_stride)
+        weighted = tl.load(state + 2 * state_stride)
+
+        z, _ = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
+        z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
+        shift = old
+        if start == 0:
+            shift = tl.maximum(old, tl.max(z, 0))
+        maximum, tile_total, tile_weighted = _sums(z, shift, columns, target)
+        if maximum > shift + 8:
+            shift = maximum
+            _, tile_total, tile_weighted = _sums(z, shift, columns, target)
+        rise = tl.maximum(old - shift, -1e4)
+        decay = tl.exp2(rise)
+        tl.store(state, shift)
+        tl.store(state + state_stride, decay * total + tile_total)
+        tl.store(state + 2 * state_stride, decay * (weighted + total * rise) + tile_weighted)
+        if inside:
+            z_target, _ = _scale(raw_target, bias_ptr, start + target, inside, scale, SOFTCAP)
+            tl.store(state + 3 * state_stride, z_target)
 
     @triton.jit
     def _gradient_step_kernel(
