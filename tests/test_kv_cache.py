@@ -104,9 +104,8 @@ class BigTensors(TorchDispatchMode):
         return out
 
 
-def test_a_decoding_step_makes_nothing_of_the_caches_size(tmp_path):
+def decoding_step_makes_nothing_big(model):
     """What was made for the prompts is all, however many tokens follow: no copies, and no repeated heads."""
-    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path))
     engine = TorchEngine(model, eos_ids=[63])
     prompts = [[1] + [8 + i % 50 for i in range(150)], [1] + [9] * 140]
 
@@ -116,3 +115,7 @@ def test_a_decoding_step_makes_nothing_of_the_caches_size(tmp_path):
         return big.count
 
     assert made(2) == made(40) > 0
+
+
+def test_a_decoding_step_makes_nothing_of_the_caches_size(tmp_path):
+    decoding_step_makes_nothing_big(AutoModelForCausalLM.from_pretrained(write_model(tmp_path)))
