@@ -1,0 +1,200 @@
+"""The big recipes as they are, on random weights of the true shapes: seconds by phase, and whether they keep within
+their card, as nvidia-smi shows it. Needs a GPU.
+
+    python benchmarks/recipes.py                                 # every row of the table
+    python benchmarks/recipes.py --only phi4-15 llama31_8b-10    # some
+    python benchmarks/recipes.py --only llama33_70b-48 --layers 8
+
+Weights do not matter for speed and memory, but three things around them do, and are replaced. The reward for a right
+answer is a coin (a hash of the answer): the head's gradient is only made where a group's rewards differ. Prompts are
+filled up to 256 tokens. Evaluations, which are no part of a step, take one token.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+GB = 1e9
+GIB = 1 << 30
+
+
+class Row(NamedTuple):
+    recipe: str
+    shapes: str
+    """of benchmarks/random_model.py"""
+    group_size: int
+    completion_tokens: int
+    limit_gb: float
+    """1e9 bytes, the smaller reading of a card's GB"""
+    flags: dict[str, Any] = {}  # noqa: RUF012, never written to
+
+
+ROWS = {
+    "phi4-15": Row("phi4", "phi4", 6, 256, 15),
+    "phi4-16": Row("phi4", "phi4", 8, 1024, 16),
+    "llama31_8b-10": Row("llama31_8b", "llama31_8b", 8, 768, 10),
+    "mistral_7b-10": Row("mistral_7b", "mistral_7b", 8, 768, 10),
+    "qwen25_7b-10": Row("qwen25_7b", "qwen25_7b", 8, 768, 10),
+    "qwen25_1_5b-5": Row("qwen25_1_5b", "qwen25_1_5b", 8, 512, 5),
+    "llama31_8b-24": Row("llama31_8b", "llama31_8b", 8, 20_224, 24),
+    "countdown_zero-8": Row("countdown_zero", "qwen25_3b", 8, 1024, 8, {"train_puzzles": 50}),
+    "llama33_70b-48": Row("llama33_70b", "llama33_70b", 8, 768, 48),
+}
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = tuple(ROWS)
+    """rows to run"""
+    steps: int = 3
+    """optimizer steps of each"""
+    folder: Path = Path("/tmp/random-models")
+    """where checkpoints are written, and kept for the next run"""
+    layers: int | None = None
+    """only so many layers"""
+    limit: bool = True
+    """pass the row's limit to --gpu-memory-gb; off: the whole card"""
+    extra: dict[str, str] = field(default_factory=dict)
+    """further fields of the recipe's Args, such as kv_cache_dtype fp8"""
+
+
+class Smi(threading.Thread):
+    """The most that nvidia-smi shows in use within a block, MiB, asked every 20 ms."""
+
+    def __enter__(self) -> "Smi":
+        command = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=20"
+        self.process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
+        self.first: int | None = None
+        self.most = 0
+        self.start()
+        return self
+
+    def run(self) -> None:
+        for line in self.process.stdout:
+            used = int(line.split()[0])
+            self.first = used if self.first is None else self.first
+            self.most = max(self.most, used)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.join()
+
+
+def coin(completions: list[str], golds: list[str], **_: Any) -> list[float]:
+    """0 or 1 by a hash of the answer."""
+    return [float(hashlib.sha256(text.encode()).digest()[0] & 1) for text in completions]
+
+
+def write_data(folder: Path) -> Path:
+    """A few questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, first in (("train", 1000), ("test", 5000)):
+        rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(first, first + 64)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def filled(encode_chat: Any, length: int, *args: Any) -> list[int]:
+    """A prompt of this length: its second token many times."""
+    ids = encode_chat(*args)
+    return ids[:1] + ids[1:2] * (length - len(ids)) + ids[1:]
+
+
+def engine_of_short_evaluations(make_engine: Any, *args: Any, **settings: Any) -> Any:
+    # Random weights amplify the rounding of bf16 (docs/performance.md), so sampler and trainer differ by more.
+    engine = make_engine(*args, **settings, tolerance=1.0)
+    generate = engine.generate
+
+    def shorter(prompts: Any, group_size: int, sampling: Any, *, seed: int) -> Any:
+        return generate(
+            prompts, group_size, sampling._replace(max_tokens=1) if group_size == 1 else sampling, seed=seed
+        )
+
+    engine.generate = shorter
+    return engine
+
+
+def child(settings: dict[str, Any]) -> None:
+    """One recipe, in a process of its own."""
+    path = ROOT / "recipes" / f"{settings.pop('recipe')}_grpo.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = recipe  # dataclasses look their module up
+    spec.loader.exec_module(recipe)
+    right = "countdown" if hasattr(recipe, "countdown") else "correctness"
+    setattr(recipe, right, coin)
+    if hasattr(recipe, "REWARDS"):
+        recipe.REWARDS["correct"] = (coin, recipe.REWARDS["correct"][1])
+    recipe.make_engine = functools.partial(engine_of_short_evaluations, recipe.make_engine)
+    if hasattr(recipe, "encode_chat"):
+        recipe.encode_chat = functools.partial(filled, recipe.encode_chat, recipe.Args().max_prompt_tokens)
+    for name in ("model", "data", "run_dir"):
+        if name in settings:
+            settings[name] = Path(settings[name]) if name == "run_dir" else str(settings[name])
+    recipe.main(recipe.Args(**settings))
+
+
+def main(args: Args) -> None:
+    unknown = set(args.only) - set(ROWS)
+    if unknown:
+        raise ValueError(f"--only {sorted(unknown)[0]}: no such row; choose of {', '.join(ROWS)}")
+    data = write_data(args.folder / "data")
+    print(f"{'row':18}{'G x tokens':>12}{'limit GB':>10}{'peak GB':>9}{'before':>8}  seconds by phase, each step")
+    for name in args.only:
+        row = ROWS[name]
+        model = args.folder / (row.shapes + (f"-{args.layers}" if args.layers else ""))
+        if not model.exists():
+            layers = ["--layers", str(args.layers)] if args.layers else []
+            writer = ROOT / "benchmarks" / "random_model.py"
+            subprocess.run([sys.executable, str(writer), row.shapes, str(model), *layers], check=True)
+        run_dir = args.folder / f"run-{name}-{time.time():.0f}"
+        settings = {
+            "recipe": row.recipe, "model": str(model), "run_dir": str(run_dir), "steps": args.steps,
+            "prompts_per_step": 1, "group_size": row.group_size, "max_completion_tokens": row.completion_tokens,
+            "eval_questions": 1, "eval_every": 0, "save_every": 0,
+            **({} if row.recipe == "countdown_zero" else {"data": str(data)}),
+            **({"gpu_memory_gb": row.limit_gb * GB / GIB} if args.limit else {}),
+            **row.flags, **args.extra,
+        }  # fmt: skip
+        if row.recipe == "countdown_zero":
+            settings["max_prompt_tokens"] = 512  # its instructions, byte by byte
+        begin = time.perf_counter()
+        with Smi() as smi:
+            result = subprocess.run(
+                [sys.executable, __file__, "--child", json.dumps(settings)], capture_output=True, text=True, check=False
+            )
+        wall = time.perf_counter() - begin
+        peak, before = smi.most * 2**20 / GB, (smi.first or 0) * 2**20 / GB
+        size = f"{row.group_size} x {row.completion_tokens}"
+        verdict = "" if peak <= row.limit_gb or not args.limit else "  OVER THE LIMIT"
+        print(f"{name:18}{size:>12}{row.limit_gb:10.0f}{peak:9.2f}{before:8.2f}{verdict}", flush=True)
+        if result.returncode:
+            print(f"    FAILED ({result.returncode})\n{result.stderr[-3000:]}", flush=True)
+            continue
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for line in lines[1:]:
+            times = line["times"]
+            phases = ", ".join(f"{key.split('/')[1]} {times[key]:.2f}" for key in times if key.startswith("seconds/"))
+            print(
+                f"    step {line['step']}: {times['seconds']:.2f} s ({phases}); {line['tokens']} tokens, gap "
+                f"{line['mismatch_mean']:.1e} nats, zero variance {line['zero_variance']:.2f}", flush=True,
+            )  # fmt: skip
+        print(f"    {wall:.0f} s from the process's start to its end", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(json.loads(sys.argv[2]))
+    else:
+        main(tyro.cli(Args))
