@@ -45,7 +45,8 @@ def micro_batches(
     prompts, completions, sampler_logps: one entry a sequence. advantages: [sequences] float32.
     keep: sequences to take (None: all); what is left out still counts in the step's averages, if the caller
     counts it (`step_counts`). The longest sequences come first: memory that does not suffice shows at once,
-    and neighbours in length share a micro-batch, so little is padding.
+    and neighbours in length share a micro-batch, so little is padding. Sequences of advantage 0 come last, in
+    micro-batches of their own: without KL and entropy bonus these need no backward pass (`completion_logps`).
     Raises ValueError where the lists differ in length, or a prompt or completion is empty."""
     n = len(prompts)
     if not len(completions) == len(sampler_logps) == len(advantages) == n:
@@ -61,10 +62,12 @@ def micro_batches(
             raise ValueError(f"sequence {i} has {tokens} tokens but {logps} log-probabilities")
 
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
-    order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: -lengths[i])
+    idle = (advantages == 0).tolist()
+    order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: (idle[i], -lengths[i]))
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+        first = groups[-1][0] if groups else i
+        if groups and idle[i] == idle[first] and (len(groups[-1]) + 1) * lengths[first] <= max_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])

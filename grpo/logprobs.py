@@ -45,10 +45,13 @@ def completion_logps(
     Returns (logps, entropy), each [batch, time] float32, nats, 0 at padding. logps is differentiable in the
     model's trainable weights; entropy too if `entropy_grad`. Only completion positions pass the head.
     grad_rows: [batch] bool, sequences whose gradient is wanted (`grpo.objective.rows_with_gradient`); the others' is
-    zero, and the head's part of it is saved. None: all. Values are the same.
+    zero, and the head's part of it is saved; where no sequence's is, the whole model's, and backward() through the
+    result goes nowhere. None: all. Values are the same.
     offload: see `last_hidden`; for sequences so long that the layers' inputs are what fills the card.
     temperature must be the sampler's (> 0), or the ratio of trainer to sampler is not 1 on policy."""
-    hidden = last_hidden(model, batch.ids, offload=offload, use_cache=False).last_hidden_state
+    idle = grad_rows is not None and torch.is_grad_enabled() and not grad_rows.any()
+    with torch.no_grad() if idle else contextlib.nullcontext():
+        hidden = last_hidden(model, batch.ids, offload=offload, use_cache=False).last_hidden_state
     row, time = batch.mask.nonzero(as_tuple=True)
     position = batch.prompt_lengths[row] + time  # of the token itself; position - 1 predicts it
     head = causal_lm(model).get_output_embeddings()
@@ -62,7 +65,7 @@ def completion_logps(
         entropy_grad=entropy_grad,
         grad_rows=None if grad_rows is None else grad_rows[row],
     )
-    empty = logps.new_zeros(batch.mask.shape)
+    empty = logps.new_zeros(batch.mask.shape, requires_grad=idle)
     return empty.index_put((row, time), logps), empty.index_put((row, time), entropy)
 
 

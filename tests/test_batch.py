@@ -6,11 +6,11 @@ from grpo.batch import micro_batches, step_counts
 PROMPTS = [[1, 5], [1, 6, 7], [1], [1, 5, 6, 7]]
 COMPLETIONS = [[8, 2], [9, 10, 11, 2], [12], [2]]
 LOGPS = [[-0.1, -0.2], [-0.3, -0.4, -0.5, -0.6], [-0.7], [-0.8]]
-ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 0.5])
+ADVANTAGES = torch.tensor([1.0, -1.0, 2.0, 0.5])
 
 
-def cut(max_tokens, **kw):
-    return micro_batches(PROMPTS, COMPLETIONS, LOGPS, ADVANTAGES, max_tokens=max_tokens, pad_id=0, **kw)
+def cut(max_tokens, advantages=ADVANTAGES, **kw):
+    return micro_batches(PROMPTS, COMPLETIONS, LOGPS, advantages, max_tokens=max_tokens, pad_id=0, **kw)
 
 
 def test_layout():
@@ -26,7 +26,7 @@ def test_layout():
     assert micro.prompt_lengths.tolist() == [3, 4, 2, 1]
     assert micro.mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert torch.equal(micro.sampler_logps[2], torch.tensor([-0.1, -0.2, 0.0, 0.0]))
-    assert micro.advantages.tolist() == [-1.0, 0.5, 1.0, 0.0]
+    assert micro.advantages.tolist() == [-1.0, 0.5, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(("max_tokens", "sizes"), [(1, [1, 1, 1, 1]), (10, [1, 2, 1]), (14, [2, 2]), (28, [4])])
@@ -35,6 +35,13 @@ def test_budget(max_tokens, sizes):
     assert [len(m.sequences) for m in micros] == sizes
     assert sorted(i for m in micros for i in m.sequences) == [0, 1, 2, 3]
     assert all(m.ids.numel() <= max_tokens or len(m.sequences) == 1 for m in micros)
+
+
+def test_advantage_0_has_micro_batches_of_its_own():
+    advantages = torch.tensor([0.0, 0.0, 3.0, -3.0])
+    assert [m.sequences for m in cut(1000, advantages)] == [[3, 2], [1, 0]]
+    assert [m.sequences for m in cut(7, advantages)] == [[3], [2], [1], [0]]
+    assert [m.sequences for m in cut(1000, advantages * 0)] == [[1, 3, 0, 2]]
 
 
 def test_keep_leaves_out():

@@ -27,7 +27,8 @@ needs_triton = pytest.mark.skipif(triton is None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPERATURE = 0.8
 ADVANTAGES = torch.tensor([1.0, 0.0, 0.0, 0.0, -0.7, 2.0, -1.5, 0.0])
-# KL and entropy bonus: every row has a gradient. The others leave out half of the rows, in one micro-batch all.
+# KL and entropy bonus: every row has a gradient. The others leave out half of the rows, which have micro-batches of
+# their own.
 OBJECTIVES = {
     "dapo": Objective(loss="dapo", epsilon=0.1),
     "grpo with KL": Objective(loss="grpo", beta=0.1, importance="sequence_mask", importance_cap=4.0),
@@ -177,16 +178,23 @@ def test_rows_without_gradient_change_nothing(tiny, small_tiles, name):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_without_any_gradient(tiny, checkpointing):
-    """Every group all right or all wrong: backward runs, and the gradient is zero, not missing."""
+def test_micro_batches_without_gradient(tiny, checkpointing):
+    """No backward pass goes through the layers for them; where a step has no others (every group all right or all
+    wrong) backward() runs still, and the gradient is zero, not missing."""
     model, problem = tiny
-    micros = [m._replace(advantages=torch.zeros_like(m.advantages)) for m in problem.micros]
+    passes = []
     base = model.get_base_model()
+    hook = base.model.layers[0].register_full_backward_hook(lambda *_: passes.append(1))
+    idle = [m._replace(advantages=torch.zeros_like(m.advantages)) for m in problem.micros]
     try:
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        result = update(model, problem._replace(micros=micros), OBJECTIVES["dapo"], "dispatched")
+        update(model, problem, OBJECTIVES["dapo"], "dispatched")
+        assert len(passes) == sum(bool(m.advantages.any()) for m in problem.micros) == len(problem.micros) - 2
+        result = update(model, problem._replace(micros=idle), OBJECTIVES["dapo"], "dispatched")
     finally:
+        hook.remove()
         base.gradient_checkpointing_disable()
+    assert len(passes) == len(problem.micros) - 2
     assert (result.gradient == 0).all()
     assert result.metrics["entropy"] > 1
