@@ -123,15 +123,17 @@ def extract_answer(text: str, tag: str = "answer") -> str | None:
 def extract_lenient(text: str, tag: str = "answer") -> str | None:
     """The answer a forgiving reader finds: for evaluation, never for a reward.
 
-    The block or box if there is one; else what follows an unclosed `<answer>`, "####" or "answer is"; else all of
-    it. Of that the number it is, or the last number in it, or (of a block or box) the text."""
+    The block or box if there is one; else what follows the last unclosed `<answer>`, "####" or "answer is", up to the
+    end of the first line that holds a number; else all of it. Of that the number it is, or the last number in it, or
+    (of a block or box) the text."""
     strict = extract_answer(text, tag)
     candidate = text if strict is None else strict
     if strict is None:
         for mark in (f"<{tag}>", "####", "answer is"):
             at = candidate.rfind(mark)
             if at >= 0:
-                candidate = candidate[at + len(mark) :]
+                rest = candidate[at + len(mark) :]
+                candidate = next((line for line in rest.splitlines() if last_number(line) is not None), rest)
                 break
     if len(candidate) <= MAX_ANSWER and parse_number(candidate) is not None:
         return candidate.strip()

@@ -185,6 +185,10 @@ def test_boxed(text, expected):
         ("<answer></answer> 18", "", ""),
         ("The answer is 18, not 17", None, "17"),
         ("#### 1,000\n", None, "1,000"),
+        # What comes after the line that answers is about something else.
+        ("The answer is 24 * 5 = 120 minutes.\n\nSo he drives 120 minutes of his 4 hours.", None, "120"),
+        ("The answer is:\n\n18\n(in 3 steps)", None, "18"),
+        ("<answer>18\nStep 2 of 3", None, "18"),
         ("The answer is 18 eggs", None, "18 eggs"),
         ("so 16-3-4=9 eggs, $-1,234.50.", None, "$-1,234.50"),
         ("no number", None, None),
