@@ -17,7 +17,7 @@ test: lint types
 
 # The vLLM engine on real vLLM without a GPU, in an environment of its own (3.3 GB, made once).
 test-vllm: $(VLLM_VENV)/.made
-	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:rollout $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:rollout $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py tests/gpu/test_vllm_engine.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

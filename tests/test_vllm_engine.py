@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ from grpo_rollout.sizing import kv_bytes_per_token, working_bytes
 from grpo_rollout.vllm_engine import SyncError, VLLMEngine, check_version
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm runs these"
+    importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
+    reason="vLLM is not installed (make test-vllm runs these), or runs on the GPU (tests/gpu/test_vllm_engine.py)",
 )
 PROMPTS = [
     [1, 9, 10, 11, 12, 13],
@@ -347,74 +349,90 @@ class Recipe:
         assert self.process.returncode == code, output[-3000:]
 
 
+def stop_after(lines: int, recipe: Recipe, directory: Path) -> None:
+    """SIGTERM once that many lines of metrics are written; it ends its step and saves."""
+    deadline = time.monotonic() + 120
+    while not (directory / "metrics.jsonl").exists() or len(read_metrics(directory / "metrics.jsonl")) < lines:
+        assert recipe.process.poll() is None, recipe.process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    recipe.process.send_signal(signal.SIGTERM)
+    recipe.ended(128 + signal.SIGTERM)
+
+
 def metrics(directory: Path) -> list[dict]:
     return [strip_times(line) for line in read_metrics(directory / "metrics.jsonl")]
 
 
+class Runs(NamedTuple):
+    """Directories of finished runs."""
+
+    whole: Path
+    """the quickstart on its own model, hardly trained"""
+    resumed: Path
+    """the same, stopped on the way"""
+    smollm2: Path
+
+
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """(arguments, directory of a run never stopped) of the quickstart's own model, hardly trained."""
+def runs(tmp_path_factory):
+    """Made side by side, as most of the time goes into starting vLLM."""
+    folder = tmp_path_factory.mktemp("recipes")
+    made = Runs(*(folder / name for name in Runs._fields))
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     model = tiny_model(Tiny(steps=20, batch_size=8))
     patch.undo()
-    words = f"--engine vllm --model {model} --steps 10 --prompts-per-step 4 --group-size 8 --max-completion-tokens 8 \
-        --eval-questions 20 --eval-every 5 --save-every 2 --learning-rate 1e-2".split()
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    Recipe("quickstart_grpo.py", *words, "--run-dir", directory).ended()
-    return words, directory
+    quickstart = f"--engine vllm --model {model} --steps 10 --prompts-per-step 4 --group-size 8 --eval-questions 20 \
+        --max-completion-tokens 8 --eval-every 5 --save-every 2 --learning-rate 1e-2".split()
+    whole = Recipe("quickstart_grpo.py", *quickstart, "--run-dir", made.whole)
+    stopped = Recipe("quickstart_grpo.py", *quickstart, "--run-dir", made.resumed)
+    stop_after(3, stopped, made.resumed)
+    assert 3 <= len(metrics(made.resumed)) < 11
+    assert not (made.resumed / "adapter").exists()
+    resumed = Recipe("quickstart_grpo.py", "--resume", made.resumed)
+
+    write_model(folder / "model", head_dim=32)
+    lines = (ROOT / "tests" / "data" / "gsm8k_form.jsonl").read_text().splitlines()
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines[:-3]))
+    (folder / "data" / "test.jsonl").write_text("\n".join(lines[-3:]))
+    words = f"--engine vllm --model {folder / 'model'} --task gsm8k --data {folder / 'data'} --run-dir {made.smollm2} \
+        --max-prompt-tokens 200 --max-completion-tokens 24 --steps 3 --prompts-per-step 2 --group-size 4 \
+        --num-iterations 2 --loss grpo --beta 0.1 --learning-rate 1e-2 --warmup-steps 0"
+    smollm2 = Recipe("smollm2_grpo.py", *words.split())
+    for recipe in (whole, resumed, smollm2):
+        recipe.ended()
+    return made
 
 
 @needs_vllm
-def test_the_quickstart_learns_with_vllm(quickstart):
-    _, directory = quickstart
-    lines = metrics(directory)
+def test_the_quickstart_learns_with_vllm(runs):
+    lines = metrics(runs.whole)
     assert [line["step"] for line in lines] == list(range(11))
     assert all(line["mismatch_mean"] < 1e-5 for line in lines[1:])  # the sampler's policy is the trainer's, each step
     assert lines[-1]["eval/pass_at_1"] > 1.5 * lines[0]["eval/pass_at_1"]
-    adapter = load_file(directory / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(runs.whole / "adapter" / "adapter_model.safetensors")
     changed = [tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name]
     assert len(changed) == 2 * 7
     assert all(changed)  # B starts at zero
 
 
 @needs_vllm
-def test_stopped_and_resumed_it_is_the_run_that_never_was(quickstart, tmp_path):
+def test_stopped_and_resumed_it_is_the_run_that_never_was(runs):
     """Every metric but times, every sample kept and the adapter, bit for bit: a completion's seed depends on step and
     place alone, the prefix cache is emptied before each call, and the check, which begins its count anew on resuming,
-    draws from no generator."""
-    words, whole = quickstart
-    stopped = tmp_path / "stopped"
-    first = Recipe("quickstart_grpo.py", *words, "--run-dir", stopped)
-    deadline = time.monotonic() + 120
-    while not (stopped / "metrics.jsonl").exists() or len(read_metrics(stopped / "metrics.jsonl")) < 3:
-        assert first.process.poll() is None, first.process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    first.process.send_signal(signal.SIGTERM)
-    first.ended(128 + signal.SIGTERM)
-    assert 3 <= len(metrics(stopped)) < 11
-    assert not (stopped / "adapter").exists()
-    Recipe("quickstart_grpo.py", "--resume", stopped).ended()
-    assert metrics(stopped) == metrics(whole)
+    changes no sample and no generator's state."""
+    assert metrics(runs.resumed) == metrics(runs.whole)
     for part in ("completions", "adapter"):
-        kept = {p.name: p.read_bytes() for p in (whole / part).iterdir()}
-        assert {p.name: p.read_bytes() for p in (stopped / part).iterdir()} == kept
+        kept = {p.name: p.read_bytes() for p in (runs.whole / part).iterdir()}
+        assert {p.name: p.read_bytes() for p in (runs.resumed / part).iterdir()} == kept
 
 
 @needs_vllm
-def test_smollm2_with_vllm(tmp_path):
-    """Several iterations on each batch, whose sampler the first must agree with; word problems from a folder."""
-    model = write_model(tmp_path / "model", head_dim=32)
-    (tmp_path / "data").mkdir()
-    lines = (ROOT / "tests" / "data" / "gsm8k_form.jsonl").read_text().splitlines()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:-3]))
-    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines[-3:]))
-    words = f"--engine vllm --model {model} --task gsm8k --data {tmp_path / 'data'} --run-dir {tmp_path / 'run'} \
-        --max-prompt-tokens 200 --max-completion-tokens 24 --steps 3 --prompts-per-step 2 --group-size 4 \
-        --num-iterations 2 --loss grpo --beta 0.1 --learning-rate 1e-2 --warmup-steps 0"
-    Recipe("smollm2_grpo.py", *words.split()).ended()
-    lines = metrics(tmp_path / "run")
+def test_smollm2_with_vllm(runs):
+    """Two iterations on each batch, the first of them on the policy that sampled it; word problems from a folder."""
+    lines = metrics(runs.smollm2)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["mismatch_mean"] < 1e-5 for line in lines[1:])
     assert all(line["ratio_max"] > 1.01 for line in lines[1:])  # of the second iteration: the adapter moved
