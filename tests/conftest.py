@@ -73,12 +73,12 @@ def write_model(folder, architecture: str = "llama", *, seed: int = 0, **setting
     return folder
 
 
-def write_byte_model(folder, architecture: str, answers: Sequence[str]):
+def write_byte_model(folder, architecture: str, answers: Sequence[str], **settings):
     """A random model whose tokens are bytes, and these answers: any text can be a prompt, and what it says earns
     rewards now and then. Its chat template closes a turn with <end>."""
     tokenizer = load_recipe(ROOT / "benchmarks" / "random_model.py").byte_tokenizer(answers)
     size = 64 * -(-len(tokenizer) // 64)
-    write_model(folder, architecture, vocab_size=size, max_position_embeddings=1024)
+    write_model(folder, architecture, vocab_size=size, max_position_embeddings=1024, **settings)
     tokenizer.save_pretrained(folder)
     return folder
 
