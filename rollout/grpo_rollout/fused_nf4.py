@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from grpo_kernels.nf4_linear import BLOCK, NestedAbsmax, is_hopper, nf4_linear
+from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, NestedAbsmax, is_hopper, nf4_linear
 from grpo_rollout.shared_weights import Quantized, dequantized
 
 Product = Callable[[Quantized, torch.Tensor], torch.Tensor]
@@ -55,8 +55,10 @@ def captured(product: Product) -> Product:
 
 
 def check_rows(sequences: int, batched_tokens: int) -> list[int]:
-    """Rows to try: one of each kind that the kernel tells apart, up to a full decode step, and a full prefill."""
-    return sorted({r for r in (1, 16, 32, 64, 128, 256) if r <= sequences} | {sequences, batched_tokens})
+    """Rows to try: one of each kind that the kernel tells apart, a full decode step, and where a prefill can be so long,
+    one for the path that dequantises. No more rows than that: the comparison must fit where the KV cache will be."""
+    kinds = {r for r in (1, 16, 32, 64, 128, FUSED_ROWS) if r <= sequences}
+    return sorted(kinds | {sequences, min(batched_tokens, FUSED_ROWS + 1)})
 
 
 @torch.no_grad()
