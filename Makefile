@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Processes that share the cores are faster with one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: quickstart test test-vllm lint types setup
+.PHONY: quickstart test test-vllm test-gpu lint types setup
 
 quickstart: setup
 	$(BIN)/python recipes/quickstart_grpo.py
@@ -18,6 +18,10 @@ test: lint types
 # The vLLM engine on real vLLM without a GPU, in an environment of its own (3.3 GB, made once).
 test-vllm: $(VLLM_VENV)/.made
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:rollout $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py tests/gpu/test_vllm_engine.py
+
+# On a machine with a GPU, in the environment that is active: what nothing else runs.
+test-gpu:
+	PYTHONPATH=.:kernels:rollout $(PYTHON) -m pytest tests/gpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
