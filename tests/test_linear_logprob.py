@@ -162,8 +162,7 @@ def test_maximum_that_moves_from_tile_to_tile(small_tiles, backend, slope, sign)
 
 
 @needs_triton
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("slope", [0.0, 0.02, 0.05, 3.0, -3.0])  # nats per column: below and above 8 bits a tile
+@pytest.mark.parametrize(("slope", "softcap"), [(0.0, None), (0.05, 30.0), (3.0, None)])  # 64 columns: 0, 5, 277 bits
 def test_one_reduction_matches_float64(small_tiles, softcap, slope):
     """The variant of the row kernel without gradient; also with its first tile forbidden, and half of the rows
     confident."""

@@ -642,7 +642,7 @@ if triton is not None:
         total = tl.load(state + state_stride)
         weighted = tl.load(state + 2 * state_stride)
 
-        z, _ = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
+        z, _slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
         z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
         shift = old
         if start == 0:
@@ -650,7 +650,7 @@ if triton is not None:
         maximum, tile_total, tile_weighted = _sums(z, shift, columns, target)
         if maximum > shift + 8:
             shift = maximum
-            _, tile_total, tile_weighted = _sums(z, shift, columns, target)
+            maximum, tile_total, tile_weighted = _sums(z, shift, columns, target)
         rise = tl.maximum(old - shift, -1e4)
         decay = tl.exp2(rise)
         tl.store(state, shift)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linear_logprob import compare, row_error, run
+from test_linear_logprob import compare, inputs, row_error, run
 
 from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
@@ -57,6 +57,18 @@ def test_no_worse_than_plain_fp32_logits(low_memory, tokens, hidden, vocab):
     assert (expected[0][::2] > -1e-4).all()
     assert row_error(logps[::2], expected[0][::2]) < 1e-3  # whole fp32 logits: 1e-2 and more, some logps are just 0
     assert (logps < 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(7, 24, 301), (2500, 512, 50_001)])
+def test_one_reduction_equals_the_usual_row_kernel(tokens, hidden, vocab):
+    """Half of the rows confident, so that some tile lifts the maximum far."""
+    x, weight, bias, targets, *_ = inputs(tokens, hidden, vocab, torch.bfloat16, "cuda")
+    directions = weight[targets[::2]].float()
+    x[::2] = (0.1 * x[::2] + 25 * directions / directions.square().sum(1, keepdim=True)).bfloat16()
+    usual, variant = (linear_logprob(x, weight, targets, bias=bias, _one_reduction=one) for one in (False, True))
+    expected = linear_logprob_reference(x.double(), weight.double(), targets, bias=bias.double())
+    for u, v, e in zip(usual, variant, expected):
+        assert row_error(v, e) < max(1e-4, 1.1 * row_error(u, e))
 
 
 def test_autocast_changes_nothing():

@@ -1,0 +1,68 @@
+"""The Triton kernels compile for a GPU, without one: what the interpreter lets pass (a name that changes its type in a
+branch, say) the compiler refuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grpo_kernels.policy_terms import triton
+
+pytestmark = [
+    pytest.mark.skipif(triton is None, reason="no Triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels"),
+]
+
+PROGRAM = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from grpo_kernels import linear_logprob, policy_terms
+
+def compile(kernel, types, warps, **constants):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+
+def types(pointers, integers, floats):
+    kinds = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items() if kind}
+    return kinds | dict.fromkeys(integers.split(), "i32") | dict.fromkeys(floats.split(), "fp32")
+
+for narrow, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
+    pointers = {"logits": "fp32", "narrow": narrow, "bias": bias, "targets": "i64"}
+    integers = "logits_stride narrow_stride state_stride data_stride start width hidden_size"
+    for kernel, accumulator in (
+        (linear_logprob._softmax_step_kernel, None),
+        (linear_logprob._softmax_step_kernel, "fp32"),
+        (linear_logprob._sums_step_kernel, None),
+        (linear_logprob._gradient_step_kernel, None),
+    ):
+        all_pointers = pointers | {"state": "fp32", "data": "fp32", "accumulator": accumulator}
+        known = types(all_pointers, integers, "scale half_range")
+        compile(kernel, known, 4, SOFTCAP=softcap, BLOCK=2048)
+
+names = "logps old advantages policy policy_slope kl kl_slope log_weight ref importance"
+floats = "low high delta tau_positive tau_other k_positive lambda_positive k_negative lambda_negative"
+integers = "time advantage_row advantage_column importance_row importance_column"
+terms = {(row.term.__name__, row.level == "sequence") for row in policy_terms.LOSSES.values()}
+for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio")):
+    pointers = dict.fromkeys(names.split(), "fp32") | {"keep": "u8"}
+    if kl is None:
+        pointers |= dict.fromkeys(("ref", "kl", "kl_slope", "importance"))
+    known = types(pointers, integers, floats + " max_log_ratio lowest")
+    choices = {"TERM": term, "SEQUENCE": sequence, "KL": kl, "IMPORTANCE": kl is not None}
+    compile(policy_terms._terms_kernel, known, 4, BLOCK=1024, **choices)
+"""
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
