@@ -34,7 +34,7 @@ needs_vllm = pytest.mark.skipif(
 PROMPTS = [
     [1, 9, 10, 11, 12, 13],
     [1, 20, 21],
-    [1, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47],
+    [1, *range(20, 60)],  # longer than a block of the KV cache, 32 tokens on a CPU: the prefix cache keeps that
 ]
 
 
@@ -116,7 +116,7 @@ class Pair:
 
     def make_engine(self, sequences: int = 8, gpu_memory_gb: float | None = None) -> None:
         self.engine = VLLMEngine(
-            self.model, eos_ids=[2, 3], max_prompt_tokens=32, max_completion_tokens=32, sequences=sequences,
+            self.model, eos_ids=[2, 3], max_prompt_tokens=48, max_completion_tokens=32, sequences=sequences,
             gpu_memory_gb=gpu_memory_gb,
         )  # fmt: skip
 
@@ -227,15 +227,15 @@ def test_the_checks_change_no_sample(fresh, monkeypatch):
 def test_more_requests_than_sequences_wait_their_turn(fresh, at_a_time):
     """2 at a time, as asked, or 1, as there is memory for no more: the same completions, as each has its seed."""
     sampling = Sampling(max_tokens=32)  # with the longest prompt all that there is room for
-    prompts = [*PROMPTS, [1, *range(20, 51)]]
+    prompts = [*PROMPTS, [1, *range(10, 57)]]
     at_once = fresh.engine.generate(prompts, 3, sampling, seed=5)  # 12 requests are more than 8, too
     fresh.engine.close()
     if at_a_time == 2:
         fresh.make_engine(sequences=2)
     else:
         model = dims(fresh.model.config)
-        work = working_bytes(model, 8 * 32, 1, cuda_graphs=False)
-        one = (64 + 32) * kv_bytes_per_token(model, 4)  # a sequence's length, and a block of vLLM's own
+        work = working_bytes(model, 8 * 48, 1, cuda_graphs=False)
+        one = (96 + 32) * kv_bytes_per_token(model, 4)  # a sequence of 80 in blocks of 32, and a block of vLLM's own
         fresh.make_engine(sequences=8, gpu_memory_gb=(work + one + 1) / GIB)
     assert fresh.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == at_a_time
     in_turn = fresh.engine.generate(prompts, 3, sampling, seed=5)
@@ -255,6 +255,14 @@ def test_sync_takes_the_new_adapter_and_no_cache_remembers_the_old(fresh):
     new = fresh.engine.generate(PROMPTS, 2, sampling, seed=0)
     assert gaps(fresh.model, PROMPTS, 2, new).max() < 1e-4
     assert gaps(fresh.model, PROMPTS, 2, old).mean() > 0.1
+
+
+@needs_vllm
+def test_a_groups_prompt_is_computed_once_in_each_call(fresh):
+    params = [fresh.engine._sampling(Sampling(max_tokens=2), 0, i) for i in range(4)]
+    for _ in range(2):
+        outputs = fresh.engine._run([PROMPTS[2]] * 4, params)
+        assert [o.num_cached_tokens for o in outputs] == [0, 32, 32, 32]
 
 
 @needs_vllm
@@ -318,8 +326,8 @@ def test_making_an_engine_changes_nothing_for_the_trainer(pair):
 def test_refusals(fresh):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         fresh.engine.generate([[1, 2], []], 1, Sampling(max_tokens=2), seed=0)
-    with pytest.raises(ValueError, match=r"prompt 0 has 60 tokens.*--max-prompt-tokens"):
-        fresh.engine.generate([[9] * 60], 1, Sampling(max_tokens=5), seed=0)
+    with pytest.raises(ValueError, match=r"prompt 0 has 76 tokens.*--max-prompt-tokens"):
+        fresh.engine.generate([[9] * 76], 1, Sampling(max_tokens=5), seed=0)
     with pytest.raises(ValueError, match="temperature"):
         fresh.engine.generate([[1, 2]], 1, Sampling(temperature=-1.0), seed=0)
     with pytest.raises(ValueError, match="another"):

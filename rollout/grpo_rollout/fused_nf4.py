@@ -55,8 +55,8 @@ def captured(product: Product) -> Product:
 
 
 def check_rows(sequences: int, batched_tokens: int) -> list[int]:
-    """Rows to try: one of each kind that the kernel tells apart, a full decode step, and where a prefill can be so long,
-    one for the path that dequantises. No more rows than that: the comparison must fit where the KV cache will be."""
+    """Rows to try: each kind that the kernel tells apart, a full decode step, and where a prefill can be so long, one
+    for the path that dequantises. No more rows than that: the comparison must fit where the KV cache will be."""
     kinds = {r for r in (1, 16, 32, 64, 128, FUSED_ROWS) if r <= sequences}
     return sorted(kinds | {sequences, min(batched_tokens, FUSED_ROWS + 1)})
 
