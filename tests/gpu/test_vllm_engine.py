@@ -27,7 +27,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-GAP = 0.05 if ON_GPU else 1e-4  # nats, mean: bf16 and fp32
+GAP = 0.03 if ON_GPU else 1e-4  # nats, mean: bf16 and fp32
 PROMPT = [1, *range(10, 40)]
 ROOM_GB = 3.0
 """beside what is in use before the engine is made"""
@@ -61,8 +61,10 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Widths that the fused kernel takes, with scales that stay doubly quantised where they are joined."""
-    folder = write_model(tmp_path_factory.mktemp("llama"), "llama", hidden_size=256, head_dim=64, intermediate_size=512)
+    """Widths that the fused kernel takes, with scales that stay doubly quantised where they are joined. Weights of a
+    size at which bf16 and fp32 differ by 0.007 nats and the adapter makes 0.4 (at conftest's 0.2: 0.06 and 1)."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.05}
+    folder = write_model(tmp_path_factory.mktemp("llama"), "llama", **sizes)
     made = Pair(folder)
     yield made
     made.engine.close()
