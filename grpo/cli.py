@@ -1,6 +1,7 @@
 """What every recipe's command line has in common: checks before anything expensive, and errors in one line."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ def check_args(args: Any) -> None:
     buffer, limit = getattr(args, "overlong_buffer", None), getattr(args, "max_completion_tokens", None)
     if buffer is not None and limit is not None and not 1 <= buffer <= limit:
         raise ValueError(f"--overlong-buffer {buffer} must lie in 1..{limit}, the --max-completion-tokens")
+    prompts, processes = getattr(args, "prompts_per_step", None), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if prompts is not None and prompts % processes:
+        raise ValueError(f"--prompts-per-step {prompts} must be a multiple of the {processes} processes")
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
         if not value > 0:

@@ -103,8 +103,8 @@ def check_objective(objective: Objective, *, num_iterations: int | None = None) 
         for name in ("epsilon", "epsilon_high", "delta"):
             if getattr(o, name) is not None:
                 raise ValueError(
-                    f"{flag(name)} has no effect with --num-iterations 1, where the ratio is always 1: drop it, or "
-                    f"take several optimizer steps a batch"
+                    f"{flag(name)} has no effect with one optimizer step a batch, where the ratio is always 1: drop "
+                    f"it, or take several (--num-iterations, in a recipe that has it)"
                 )
     if o.kl is not None and o.beta == 0:
         raise ValueError(f"--kl {o.kl} has no effect with --beta 0: give --beta or drop --kl")

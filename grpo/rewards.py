@@ -85,6 +85,7 @@ def exact(
     return [float(bool(a) and normalize(a or "") == normalize(g)) for a, g in zip(answers, golds)]
 
 
+_SIGNS = str.maketrans("×÷−", "*/-")
 _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -98,11 +99,11 @@ def countdown(
 ) -> list[float]:
     """1 where the answer is an expression of + - * / and parentheses that uses each of the gold's numbers exactly
     once and equals its target, else 0. golds: "target: number number ...", of `grpo.data.countdown_examples`.
-    One "= target" at the end is allowed."""
+    One "= target" at the end is allowed, and × ÷ − are what they look like."""
     rewards = []
     for completion, gold in zip(completions, golds):
         target, _, numbers = gold.partition(":")
-        expression, equals, right = (extract(completion) or "").partition("=")
+        expression, equals, right = (extract(completion) or "").translate(_SIGNS).partition("=")
         if equals and right.strip() != target:
             rewards.append(0.0)
             continue

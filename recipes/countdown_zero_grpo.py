@@ -1,17 +1,17 @@
 """R1-Zero on Countdown: a base model, no demonstrations, a rule for a reward. Does it begin to check itself?
 
     python recipes/countdown_zero_grpo.py --steps 500                       # the whole card
-    python recipes/countdown_zero_grpo.py --steps 500 --gpu-memory-gb 8     # a card of 8 GB
+    python recipes/countdown_zero_grpo.py --steps 500 --gpu-memory-gb 7.4   # a card of 8 GB
     python recipes/countdown_zero_grpo.py --dry-run                         # memory by part, tokens, seconds a step
 
 The puzzle: reach a target with each of some numbers once and + - * /. It is easy to check and takes search, so trying,
-checking and trying again pays: the "aha moment" of DeepSeek-R1 (arXiv 2501.12948), looked for at this size by TinyZero.
-What to see: a base model gets plain text, not a chat, and knows no end of turn; `self_check` counts the completions
-whose reasoning takes something back or looks again, and is logged beside `length`. Puzzles are generated, solvable, and
-split by hash. Each metric is explained in docs/recipes/countdown_zero.md.
+checking and trying again pays: the "aha moment" of DeepSeek-R1 (arXiv 2501.12948), looked for at this size by
+TinyZero. What to see: a base model gets plain text, not a chat, and knows no end of turn; `self_check` counts the
+completions whose reasoning takes something back or looks again, and is logged beside `length`. Puzzles are generated,
+solvable, and split by hash. Each metric is explained in docs/recipes/countdown_zero.md.
 
 Departs from R1-Zero: 3B and LoRA on 4-bit weights instead of 671B; Countdown instead of mathematics and code; 64
-answers a step. From TinyZero: 4-bit weights, no critic, no KL. There is no public notebook for this.
+answers a step. From TinyZero: LoRA on 4-bit weights, no critic, no KL. There is no public notebook for this.
 """
 
 import functools
@@ -57,8 +57,8 @@ Assistant: Let me solve this step by step.
 PREFILL = "<think>"
 """the first word of each answer, already said"""
 SELF_CHECK = re.compile(
-    r"\b(wait|not (right|correct|equal)|(doesn't|does not|won't) work|too (high|low|big|small)|verify"
-    r"|try (again|another|something|different)|let('s| me| us) (re-?)?check|double.check)\b",
+    r"\b(wait|not (right|correct|equal)|(doesn['’]t|does not|won['’]t) work|too (high|low|big|small)|verify"
+    r"|try (again|another|something|different)|let(['’]s| me| us) (re-?)?check|double.check)\b",
     re.IGNORECASE,
 )
 
@@ -151,7 +151,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -208,6 +208,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -319,7 +320,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

@@ -1,15 +1,15 @@
 """GRPO on Llama 3.3 70B on one card of 48 GB: competition mathematics (MATH).
 
-    python recipes/llama33_70b_grpo.py --steps 300 --gpu-memory-gb 46
-    python recipes/llama33_70b_grpo.py --dry-run --gpu-memory-gb 46      # memory by part, tokens and seconds a step
+    python recipes/llama33_70b_grpo.py --steps 300 --gpu-memory-gb 44.7
+    python recipes/llama33_70b_grpo.py --dry-run --gpu-memory-gb 44.7    # memory by part, tokens and seconds a step
 
-Card: 48 GB, of which the weights in 4 bits are 36.8 GiB: two copies would not fit, one does, and trainer and vLLM share
-it. What to see: what else must give way. Rank 8, so that adapter, gradients and moments stay at 1.5 GiB; 2 questions a
-step, 8 sequences decoded at a time; micro-batches of as few sequences as it takes. Take a checkpoint that is in 4 bits
-already: 16-bit shards would be 140 GB to download and to pass through the host. docs/recipes/llama33_70b.md explains
-each metric and says what of this was run.
+Card: 48 GB, of which the weights in 4 bits are 36.8 GiB: two copies would not fit, one does, and trainer and vLLM
+share it. What to see: what else must give way. Rank 8, so that adapter, gradients and moments stay at 1.5 GiB; 2
+questions a step, as many answers decoded at a time as fit; micro-batches of as few sequences as it takes. Take a
+checkpoint that is in 4 bits already: 16-bit shards would be 140 GB to download and to pass through the host.
+docs/recipes/llama33_70b.md explains each metric and says what of this was run.
 
-Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 16 answers a step instead of 1024, so an
+Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 16 answers a step instead of 1024; an
 average over tokens (DAPO, arXiv 2503.14476); no KL. There is no public notebook for this model.
 """
 
@@ -134,7 +134,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -194,6 +194,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -304,7 +305,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

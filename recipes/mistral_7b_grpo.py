@@ -9,8 +9,9 @@ All-or-nothing format rewards then give groups of equal rewards, so the format i
 place pays), and an adapter that is pushed hard is held by a KL term: the reference policy is the same model with its
 adapter switched off, and costs a pass but no memory. Each metric is explained in docs/recipes/mistral_7b.md.
 
-Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 32 answers a step instead of 1024; beta
-0.01 instead of 0.04, by the ratio-weighted k3 (on policy its value is k3's, and its gradient is right).
+Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 32 answers a step instead of 1024, with
+the paper's average over answers (loss "grpo"); beta 0.01 instead of 0.04, by the ratio-weighted k3 (on policy its
+value is k3's, and its gradient is right).
 Departs from the public notebook (1 question a step, lr 5e-6, format by regexes that do not match across lines; its
 stored run went from 0.7% to 4.7%): 4 questions a step, lr 2e-5, a graded format; the instructions stand in the user's
 message, since Mistral was not trained with system ones.
@@ -145,7 +146,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -201,6 +202,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -311,7 +313,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

@@ -5,12 +5,12 @@
     python recipes/phi4_grpo.py --steps 300 --gpu-memory-gb 13.9 --max-completion-tokens 768    # 15 GB
     python recipes/phi4_grpo.py --dry-run                          # memory by part, tokens and seconds a step
 
-Card: from 15 GB; weights in 4 bits are 8.5 GiB of it. What to see: a model of fused projections (Phi3ForCausalLM:
-qkv_proj and gate_up_proj; "all-linear" finds them, and vLLM's adapter slots are filled by slices of one matrix); a
-reward whose check runs in worker processes; and one written here, `one_box`. GSM8K hardly tests this model any more,
-hence MATH. Each metric is explained in docs/recipes/phi4.md.
+Card: from 15 GB; weights in 4 bits are 8.5 GiB of it (29 GB to download, in 16 bits). What to see: a model of fused
+projections (Phi3ForCausalLM: qkv_proj and gate_up_proj; "all-linear" finds them, and vLLM's adapter slots are filled
+by slices of one matrix); a reward whose check runs in worker processes; and one written here, `one_box`. GSM8K hardly
+tests this model any more, hence MATH. Each metric is explained in docs/recipes/phi4.md.
 
-Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 32 answers a step instead of 1024, so an
+Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights; 32 answers a step instead of 1024; an
 average over tokens (DAPO, arXiv 2503.14476); no KL (--beta 0.04 brings it back).
 Departs from the public notebook (GSM8K, 200 tokens a completion, adapters on the MLP only, 1 question a step): under
 200 tokens Phi-4 does not get to an answer, and 63% of its steps saw truncated completions alone; 1024 here, adapters
@@ -138,7 +138,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -198,6 +198,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -308,7 +309,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

@@ -251,7 +251,7 @@ def main(args: Args) -> None:
             },
             world,
         )
-        metrics |= {**objective, "tokens": tokens, "grad_norm": grad_norm, "lr": args.learning_rate}
+        metrics |= {**objective, "tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": args.learning_rate}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

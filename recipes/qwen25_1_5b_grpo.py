@@ -8,8 +8,8 @@ What to see: Dr. GRPO (arXiv 2503.20783) by two defaults, `Objective(loss="dr_gr
 nothing is divided by the answer's length or the group's deviation, which GRPO's gradient is biased by. And a reward of
 one's own, `says_a_number`. Each metric is explained in docs/recipes/qwen25_1_5b.md.
 
-Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights, 64 answers a step instead of 1024, no KL,
-and Dr. GRPO's two changes.
+Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights, 64 answers a step instead of 1024, no
+KL, and Dr. GRPO's two changes.
 Departs from the public notebooks (1 question a step, lr 5e-6, digits-only checks): 8 questions a step, so that few
 steps see groups of equal rewards alone; lr 4e-5 as published for LoRA; "1,000", "-3" and "2.5" are numbers.
 """
@@ -147,7 +147,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -203,6 +203,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -313,7 +314,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

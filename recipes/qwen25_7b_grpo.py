@@ -1,13 +1,13 @@
 """GRPO on Qwen2.5 7B: competition mathematics (MATH), by DAPO: what else than the average changes.
 
-    python recipes/qwen25_7b_grpo.py --steps 300                                                    # the whole card
-    python recipes/qwen25_7b_grpo.py --steps 300 --gpu-memory-gb 9.3 --max-completion-tokens 768    # 10 GB
-    python recipes/qwen25_7b_grpo.py --dry-run                       # memory by part, tokens and seconds a step
+    python recipes/qwen25_7b_grpo.py --steps 300                        # the whole card
+    python recipes/qwen25_7b_grpo.py --steps 300 --gpu-memory-gb 9.3    # a card of 10 GB: 256 + 1024 tokens
+    python recipes/qwen25_7b_grpo.py --dry-run                          # memory by part, tokens and seconds a step
 
 Card: from 10 GB; weights in 4 bits are 5.2 GiB of it. What to see: the parts of DAPO (arXiv 2503.14476). Two optimizer
-steps on each batch, so that the ratio of new to old policy leaves 1 and is clipped, at 1.28 above and 0.8 below; groups
-of equal rewards do not count; answers near the limit lose reward gradually (`overlong`). GSM8K hardly tests this model
-any more, hence MATH, checked symbolically. Each metric is explained in docs/recipes/qwen25_7b.md.
+steps on each batch, so that the ratio of new to old policy leaves 1 and is clipped, at 1.28 above and 0.8 below;
+groups of equal rewards do not count; answers near the limit lose reward gradually (`overlong`). GSM8K hardly tests
+this model any more, hence MATH, checked symbolically. Each metric is explained in docs/recipes/qwen25_7b.md.
 
 Departs from the DAPO paper: LoRA on 4-bit weights; 64 answers a step instead of 8192; groups of equal rewards are left
 out, not sampled anew. From the DeepSeekMath paper (arXiv 2402.03300): all of this, and no KL.
@@ -60,7 +60,7 @@ class Args:
     data: str = "math"
     """"math" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 300
-    """optimizer steps"""
+    """batches, each of --num-iterations optimizer steps"""
     seed: int = 0
     """of questions, samples and the adapter's initial weights"""
     run_dir: Path | None = None
@@ -96,7 +96,7 @@ class Args:
     learning_rate: float = 2e-5
     """AdamW's, constant after the warm-up"""
     warmup_steps: int = 10
-    """of linear warm-up"""
+    """batches of linear warm-up"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     lora_rank: int = 16
@@ -117,9 +117,7 @@ class Args:
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """mirror the metrics there"""
 
-    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(
-        default_factory=lambda: Objective(loss="dapo", epsilon=0.2, epsilon_high=0.28)
-    )
+    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Objective(loss="dapo"))
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: Estimator(drop_zero_variance=True)
     )
@@ -138,7 +136,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
-        sequences=-(-args.prompts_per_step // world.size) * args.group_size,
+        sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -199,6 +197,7 @@ def main(args: Args) -> None:
         completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
         offload=plan.offload,
+        entropy_grad=args.objective.entropy_bonus > 0,
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -312,7 +311,7 @@ def main(args: Args) -> None:
             "zero_variance": zero_variance.float().tolist(),
         }
         metrics = all_means(metrics, world) | objective
-        metrics |= {"tokens": tokens, "grad_norm": grad_norm, "lr": lr}
+        metrics |= {"tokens": step_counts(ids, world)[0], "grad_norm": grad_norm, "lr": lr}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step)
         run.log(step, metrics)

@@ -281,7 +281,7 @@ def main(args: Args) -> None:
                 world,
             ),
             **merge_metrics(shares, world),
-            "tokens": tokens,
+            "tokens": step_counts(ids, world)[0],
             "grad_norm": grad_norm,
             "lr": lr,
         }

@@ -38,6 +38,19 @@ def test_check_args_compares_fields():
             check_args(Overlong(buffer))
 
 
+@dataclass
+class Prompts:
+    prompts_per_step: int
+
+
+def test_check_args_counts_processes(monkeypatch):
+    check_args(Prompts(3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_args(Prompts(4))
+    with pytest.raises(ValueError, match="--prompts-per-step 3 must be a multiple of the 2 processes"):
+        check_args(Prompts(3))
+
+
 def test_our_errors_are_one_line(capsys):
     with pytest.raises(SystemExit, match="2"), user_errors():
         load_examples("/no/such/file.jsonl")

@@ -831,6 +831,6 @@ def test_bounds_of_a_ratio_that_is_always_one_are_refused():
     for flags in ({"epsilon": 0.1}, {"epsilon_high": 0.3}, {"delta": 3.0}):
         check_objective(Objective(**flags), num_iterations=2)
         check_objective(Objective(**flags))
-        with pytest.raises(ValueError, match=r"--(epsilon|epsilon-high|delta) has no effect with --num-iterations 1"):
+        with pytest.raises(ValueError, match=r"--(epsilon|epsilon-high|delta) has no effect with one optimizer step"):
             check_objective(Objective(**flags), num_iterations=1)
     check_objective(Objective(loss="gspo", beta=0.1), num_iterations=1)

@@ -103,6 +103,7 @@ def test_self_checks_are_looked_for_in_the_reasoning_alone():
         "<think>3 * 4 = 12. Wait, that uses 4 twice.</think>": 1,
         "<think>50 is too high, so\ntry another.</think><answer>1</answer>": 1,
         "<think>Let me re-check: 3 + 4 = 7.</think>": 1,
+        "<think>That doesn’t work.</think>": 1,
         "<think>It is 3 + 4.</think><answer>wait</answer>": 0,
         "<think>The waiter adds 3 and 4.</think>": 0,
         "<think>verified</think>": 0,

@@ -157,6 +157,8 @@ def test_countdown_hack(expression):
 def test_countdown_is_exact():
     gold = "24: 3 3 8 8"
     assert countdown([r"\boxed{8/(3-8/3)}"], [gold]) == [1.0]  # 24 only in exact arithmetic
+    assert countdown(["<answer>8 ÷ (3 − 8 ÷ 3)</answer>"], [gold]) == [1.0]
+    assert countdown(["<answer>(3 × 3) × 8 ÷ 8</answer>"], [gold]) == [0.0]
 
 
 def test_countdown_examples_are_scored_by_their_own_gold():
