@@ -196,8 +196,12 @@ def load_policy(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantized),
     )
+    # A quantised checkpoint may ask for other types than this device's, and transformers 5.23 heeds it over `dtype`.
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     for module in base.modules():
-        if isinstance(module, bnb.nn.Linear4bit):  # a quantised checkpoint may ask for another type than this device's
+        if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
             cast(Any, module.weight).quant_state.dtype = dtype
     if gradient_checkpointing:
