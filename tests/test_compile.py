@@ -20,14 +20,16 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, policy_terms
+from grpo_kernels import linear_logprob, nf4_linear, policy_terms
 
-def compile(kernel, types, warps, **constants):
+def compile(kernel, types, warps, stages=3, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
+    return compiled.metadata.shared
 
 def types(pointers, integers, floats):
     kinds = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items() if kind}
@@ -57,6 +59,37 @@ for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio"))
     known = types(pointers, integers, floats + " max_log_ratio lowest")
     choices = {"TERM": term, "SEQUENCE": sequence, "KL": kl, "IMPORTANCE": kl is not None}
     compile(policy_terms._terms_kernel, known, 4, BLOCK=1024, **choices)
+
+# The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
+chosen = {}
+for rows, scaled in itertools.product((16, 32, 64, 128, 256), (False, True)):
+    for n in (1024, 2**17) if rows in (16, 256) else (1024,):  # of the widest no sum is split
+        tiles = nf4_linear.choose_tiles(rows, n, 4096, 132, scaled)
+        chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
+assert len(chosen) == 13 and {tiles.splits for tiles in chosen} == {1, 2}
+for tiles in chosen:
+    split = tiles.splits > 1
+    nested = tiles.scaled or split
+    dtype = "bf16" if nested else "fp16"
+    x = "fp16" if tiles.scaled else dtype
+    pointers = {"x": x, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype}
+    pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
+    pointers |= {"partial": "fp32", "counters": "i32"} if split else {}
+    pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
+    known = types(pointers, "offset_stride rows N K row_tiles", "factor")
+    choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
+    used = compile(
+        nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, N_TILE=tiles.n, ROW_TILE=tiles.rows, **choices
+    )
+    assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
+for scaled in (False, True):
+    pointers = {"x": "bf16", "out": "fp16" if scaled else "bf16", "counters": "i32"}
+    pointers |= {"row_scale": "fp32"} if scaled else {}
+    known = types(pointers, "row_stride stride rows columns counters", "")
+    compile(nf4_linear._permute_kernel, known, 16 if scaled else 4, WIDTH=16384 if scaled else 1024, PDL=True)
+pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
+known = types(pointers, "offset_stride blocks width row_width row_start start", "")
+compile(nf4_linear._dequantise_kernel, known, 4, NESTED=True, BLOCKS=32)
 """
 
 

@@ -1,5 +1,6 @@
 """The NF4 matrix product on the CPU: bitsandbytes as oracle, the kernels under the interpreter, the PTX executed."""
 
+import itertools
 import re
 
 import numpy as np
@@ -79,6 +80,41 @@ def test_fused_kernel(n, k, rows, tiles, nested, splits, monkeypatch):
     assert (actual.double() - exact).abs().max() < 5e-3  # every output, the last rows and columns too
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "tiles"),
+    [
+        (96, 512, 1, Tiles(64, 16, 1, 4, 2, scaled=True)),
+        (65, 768, 17, Tiles(64, 16, 1, 4, 2, group=2, scaled=True)),
+        (40, 1024, 33, Tiles(64, 64, 1, 4, 2, wide=False, scaled=True)),
+    ],
+    ids=str,
+)
+def test_fused_kernel_with_scaled_weights(n, k, rows, tiles, splits):
+    """Three roundings to float16 (table, scale, product) are a fifth of the bfloat16 one that bitsandbytes makes."""
+    x, packed, absmax, _ = problem(n, k, rows)
+    bias = torch.randn(n).half()
+    exact = nf4_linear_reference(x.double(), packed, absmax, (n, k), bias.double())
+    with poisoned_memory():
+        actual = nf4._fused(x, packed, absmax, (n, k), bias, tiles._replace(splits=splits))
+    assert relative_error(actual, exact) < 4.2e-4  # of which float16 outputs 2.1e-4
+    assert (actual.double() - exact).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_scaled_weights_of_any_magnitude(group):
+    """Rows of x and of W far beyond float16's range, and zero ones."""
+    x, packed, absmax, _ = problem(160, 512, 5, torch.bfloat16)  # 32 rows of W share a second-level scale
+    x *= torch.tensor([2.0**60, 1.0, 0.0, 2.0**-60, 2.0**-20])[:, None]
+    factor = torch.tensor([2.0**-30, 1.0, 2.0**30, 0.0, 2.0**-12])
+    absmax = absmax._replace(absmax=absmax.absmax * factor, offset=absmax.offset * factor)
+    exact = nf4_linear_reference(x.double(), packed, absmax, (160, 512)).view(5, 5, 32)
+    with poisoned_memory():
+        actual = nf4._fused(x, packed, absmax, (160, 512), None, Tiles(64, 16, 1, 4, 2, group=group, scaled=True))
+    error = (actual.view(5, 5, 32) - exact).norm(dim=-1)
+    assert (error <= 8e-3 * exact.norm(dim=-1)).all()  # the interpreter truncates bfloat16 outputs
+
+
 class poisoned_memory:
     """torch.empty returns NaN, or the largest integer, within."""
 
@@ -147,9 +183,25 @@ def test_ptx_of_the_lookup(dtype):
             assert torch.equal(values[:, 2 * i + odd], table[torch.from_numpy(codes.astype(np.int64))])
 
 
-def run_ptx(source: str, word: np.ndarray, outputs: int) -> list[np.ndarray]:
-    """The few instructions that `lookup_ptx` uses, on arrays of uint32."""
-    registers = {f"${outputs}": word}
+@pytest.mark.parametrize("which", [0, 1])
+def test_ptx_of_the_scaled_lookup(which):
+    """The table's float16 values times one of a pair of scales, rounded once; the float16 product itself is numpy's."""
+    random = np.random.default_rng(0)
+    word = random.integers(0, 2**32, 4096, dtype=np.uint32)
+    scales = (random.random((4096, 2)) * 2.0 ** random.integers(-12, 15, (4096, 2))).astype(np.float16)
+    source = nf4.lookup_ptx(torch.float16, nf4.TABLE_SCALE, which)
+    outputs = run_ptx(source, word, 4, {"$5": scales.view(np.uint32)[:, 0]})
+    values = np.stack(outputs, -1).view(np.float16)  # [4096, 8], k = 0..7
+    table = (np.array(nf4.NF4) * nf4.TABLE_SCALE).astype(np.float16)
+    for i in range(4):
+        byte = word >> (8 * i) & 255
+        for odd, codes in enumerate((byte >> 4, byte & 15)):
+            assert (values[:, 2 * i + odd] == table[codes] * scales[:, which]).all()
+
+
+def run_ptx(source: str, word: np.ndarray, outputs: int, more: dict[str, np.ndarray] | None = None) -> list[np.ndarray]:
+    """The few instructions that `lookup_ptx` uses, on arrays of uint32. more: operands beside the word."""
+    registers = {f"${outputs}": word, **(more or {})}
 
     def value(name):
         if name in registers:
@@ -175,6 +227,9 @@ def run_ptx(source: str, word: np.ndarray, outputs: int) -> list[np.ndarray]:
         elif op == "lop3.b32":
             assert names[4] == "0xea"
             result = value(names[1]) & value(names[2]) | value(names[3])
+        elif op == "mul.rn.f16x2":
+            pairs = [value(name).astype(np.uint32).view(np.float16) for name in names[1:]]
+            result = (pairs[0] * pairs[1]).view(np.uint32)
         else:
             raise AssertionError(op)
         registers[names[0]] = result.astype(np.uint32)
@@ -206,10 +261,10 @@ def test_scales():
 
 
 def test_tiles_cover_the_sum():
-    for rows in (1, 16, 17, 64, 65, 300):
+    for rows, scaled in itertools.product((1, 16, 17, 64, 65, 300), (False, True)):
         for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 256)):
-            tiles = nf4.choose_tiles(rows, n, k, 132)
-            assert tiles.splits >= 1
+            tiles = nf4.choose_tiles(rows, n, k, 132, scaled)
+            assert tiles.splits >= 1 and tiles.scaled == scaled
             groups = k // 64 // tiles.group
             share = -(-groups // tiles.splits)
             assert share * (tiles.splits - 1) < groups  # no program without work

@@ -298,11 +298,26 @@ class Tiles(NamedTuple):
     group: int = 4  # blocks of 64 along k an iteration: 4 or 2
     wide: bool = True  # load a group's words at once rather than block by block
     pdl: bool = False  # start before the kernel ahead has ended
+    scaled: bool = False  # fp16 weights, scaled before the product: for bf16 x (of fp16 it loses a bit), NestedAbsmax
 
 
-def choose_tiles(rows: int, n: int, k: int, multiprocessors: int) -> Tiles:
-    """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small."""
-    if rows <= 16:
+SCALED_FROM = FUSED_ROWS + 1
+"""rows of x from which `Tiles.scaled` is used; more than FUSED_ROWS: never. Its tiles are not measured yet"""
+
+
+def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool = False) -> Tiles:
+    """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small.
+
+    scaled: tiles that scale weights before the product, chosen on paper (docs/log.md)."""
+    if scaled and rows > 128:
+        tiles, resident = Tiles(128, 256, 1, 8, 3, group=2, scaled=True), 1
+    elif scaled and rows > 64:
+        tiles, resident = Tiles(128, 128, 1, 8, 3, group=2, scaled=True), 2
+    elif scaled and rows > 32:
+        tiles, resident = Tiles(128, 64, 1, 8, 3, group=2, scaled=True), 2
+    elif scaled:
+        tiles, resident = Tiles(64, 16 if rows <= 16 else 32, 1, 4, 2, scaled=True), 4
+    elif rows <= 16:
         tiles, resident = Tiles(64, 16, 1, 4, 2, wide=False), 4
     elif rows <= 32:
         tiles, resident = Tiles(64, 32, 1, 4, 2), 3
@@ -343,23 +358,28 @@ def _fused(
     if not y.numel():
         return y
     if tiles is None:
-        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4)
+        scaled = len(x) >= SCALED_FROM and isinstance(absmax, NestedAbsmax) and x.dtype == torch.bfloat16
+        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4, scaled)
         tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
-    permuted = torch.empty(row_tiles * tiles.rows, k, dtype=x.dtype, device=x.device)
-    counters = partial = None
+    permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
+    width = triton.next_power_of_2(k) if tiles.scaled else 1024
+    counters = partial = row_scale = None
+    if tiles.scaled:
+        row_scale = torch.empty(len(permuted), dtype=torch.float32, device=x.device)
     if tiles.splits > 1:
         counters = torch.empty(n_tiles * row_tiles, dtype=torch.int32, device=x.device)
         size = (tiles.splits, n_tiles * row_tiles, tiles.n * tiles.rows)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
-    _permute_kernel[(len(permuted), triton.cdiv(k, 1024))](
-        x, permuted, counters, x.stride(0), x.stride(1), len(x), k,
-        0 if counters is None else len(counters), WIDTH=1024, PDL=tiles.pdl, num_warps=4, **options,
+    _permute_kernel[(len(permuted), triton.cdiv(k, width))](
+        x, permuted, row_scale, counters, x.stride(0), x.stride(1), len(x), k,
+        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl,
+        num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
-        _emulation_table(x.dtype, TABLE_SCALE, x.device),
+        row_scale, _emulation_table(permuted.dtype, TABLE_SCALE, x.device),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
@@ -367,7 +387,7 @@ def _fused(
     return y
 
 
-def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
+def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None = None) -> str:
     """PTX that turns four bytes of codes into their eight values, NF4[code] * scale in dtype.
 
     The lowest byte is the first in memory and its high four bits are its even k, so from the lowest bits on the word
@@ -376,6 +396,8 @@ def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
 
     One prmt with the low three bits of four codes as selectors picks four bytes out of eight; this is done in both
     halves of the table, and a third prmt, with bit 3 of the codes, picks one of the two. Once for each byte of dtype.
+
+    multiply: for float16, times that one of the two float16 values in $5, rounded; there is a $6, not used.
     """
     size = dtype.itemsize
     planes = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, size).T.tolist()
@@ -402,7 +424,10 @@ def lookup_ptx(dtype: torch.dtype, scale: float) -> str:
                 lines.append(f"prmt.b32 p, a, b, {pick};")
                 lines.append(f"prmt.b32 q, c, d, {pick};")
                 lines.append(f"prmt.b32 ${4 * half + (code ^ 1)}, p, q, 0x5410;")
-    return "{ .reg .b32 m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
+    if multiply is not None:  # the scale is read before the outputs are written: they may share a register
+        lines.insert(0, f"prmt.b32 t, $5, $5, {(0x1010, 0x3232)[multiply]:#06x};")
+        lines += [f"mul.rn.f16x2 ${i}, ${i}, t;" for i in range(4)]
+    return "{ .reg .b32 m, s, p, q, a, b, c, d, t;\n" + "\n".join(lines) + "\n}"
 
 
 def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> Tensor | None:
@@ -415,6 +440,8 @@ def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> 
 if triton is not None:
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE))
+    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE, multiply=0))
+    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE, multiply=1))
     _PTX_FP32 = tl.constexpr(lookup_ptx(torch.float32, 1.0))
 
     @triton.jit
@@ -478,23 +505,95 @@ if triton is not None:
             return absmax.to(tl.float32)
 
     @triton.jit
-    def _block_dot(words, table_ptr, x_pointers, scale):
-        """[N_TILE, 16] words of one block of 64 along k, times x: [64, ROW_TILE] -> [N_TILE, ROW_TILE] float32."""
+    def _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, GROUP: tl.constexpr):
+        """GROUP bytes of scales from block on, in one int32, with their second-level scale and offset. One element a row
+        of W: so few that the compiler loads them where they are used, not through shared memory."""
+        WORD: tl.constexpr = tl.int32 if GROUP == 4 else tl.int16
+        word = tl.load((absmax_ptr + block).to(tl.pointer_type(WORD), bitcast=True)).to(tl.int32)
+        outer = block // 256
+        return word, tl.load(outer_ptr + outer), tl.load(offset_ptr + outer * offset_stride)
+
+    @triton.jit
+    def _half_scales(raw, code_ptr, column_scale, FIRST: tl.constexpr):
+        """[N_TILE] int32: scales FIRST and FIRST + 1 of `_raw_scales`, times column_scale, as a pair of float16."""
+        word, outer, offset = raw
+        outer *= column_scale
+        offset *= column_scale
+        low = tl.load(code_ptr + ((word >> (8 * FIRST)) & 255)) * outer + offset
+        high = tl.load(code_ptr + ((word >> (8 * FIRST + 8)) & 255)) * outer + offset
+        low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+        return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+    @triton.jit
+    def _block_dot(words, table_ptr, x_pointers, scale, accumulator):
+        """accumulator: [N_TILE, ROW_TILE] float32 + ([N_TILE, 16] words of one block of 64 along k, times x) * scale."""
         x = tl.load(x_pointers)
         q0, q1, q2, q3 = _lookup(words, table_ptr, x.dtype)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
         weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
         if table_ptr is None:
-            return tl.dot(weights, x) * scale
+            return accumulator + tl.dot(weights, x) * scale
         else:
-            return tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
+            return accumulator + tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
+
+    @triton.jit
+    def _scaled_block_dot(words, table_ptr, x_pointers, scales, accumulator, WHICH: tl.constexpr):
+        """accumulator + (words times one of the pair of float16 in scales, rounded to float16) times x."""
+        x = tl.load(x_pointers)
+        scales = scales[:, None]
+        if table_ptr is None:  # two words a register, and two registers of the same scales
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _PTX_SCALED_1 if WHICH else _PTX_SCALED_0, "=r,=r,=r,=r,r,r,r",
+                [words, tl.broadcast_to(scales, words.shape)],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            q0, q1, q2, q3 = _emulated_lookup(words, table_ptr)
+        weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))
+        weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
+        if table_ptr is None:
+            # The identity keeps the compiler from leaving the product in flight when the loop turns, where the next
+            # iteration would write registers that it reads.
+            return tl.inline_asm_elementwise(
+                "", "=r,0", [tl.dot(weights, x, accumulator)], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            scale = ((scales >> (16 * WHICH)) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            weights = (weights * scale).to(tl.float16).to(tl.float32)
+            return tl.dot(weights, x.to(tl.float32), accumulator, input_precision="ieee")
+
+    @triton.jit
+    def _power_of_two(exponent):
+        """2 ** (exponent - 127) as float32, 1 <= exponent <= 254."""
+        return (exponent << 23).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _exponent(value):
+        """Of float32 value >= 0: 127 + floor(log2(value)), within [15, 254], so that 14 less or 268 less it is one."""
+        return tl.minimum(tl.maximum(value.to(tl.int32, bitcast=True) >> 23, 15), 254)
+
+    @triton.jit
+    def _largest_scale(code_ptr, outer_ptr, offset_ptr, offset_stride, n, blocks):
+        """[N_TILE] float32: what no scale of W's rows n exceeds, from the second-level scales alone."""
+        code = tl.max(tl.abs(tl.load(code_ptr + tl.arange(0, 256))), 0)
+        first = n * blocks // 256
+        last = (n * blocks + blocks - 1) // 256
+        bound = tl.zeros(n.shape, tl.float32)
+        for i in range(0, blocks // 256 + 2):
+            index = tl.minimum(first + i, last)
+            offset = tl.load(offset_ptr + index * offset_stride)
+            bound = tl.maximum(bound, code * tl.abs(tl.load(outer_ptr + index)) + tl.abs(offset))
+        return bound
 
     @triton.jit(do_not_specialize=["rows", "counters"])
     def _permute_kernel(
-        x_ptr, out_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
         WIDTH: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero."""
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
+
+        With row_scale_ptr, out is float16 and a row is divided by a power of two, kept there, that brings its largest
+        |x| into [2^14, 2^15): exact for bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
@@ -502,6 +601,10 @@ if triton is not None:
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
         x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
+        if row_scale_ptr is not None:
+            exponent = _exponent(tl.max(tl.abs(x.to(tl.float32)), 0))
+            tl.store(row_scale_ptr + row, _power_of_two(exponent - 14))
+            x = (x.to(tl.float32) * _power_of_two(268 - exponent)).to(tl.float16)
         x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
         if counters_ptr is not None:
@@ -514,15 +617,21 @@ if triton is not None:
     @triton.jit(do_not_specialize=["rows", "row_tiles"])  # one program for every batch size
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
-        counters_ptr, table_ptr,
+        counters_ptr, row_scale_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
+        """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded.
+
+        With row_scale_ptr, x is float16 and was divided by it, and weights are scaled before the product rather than
+        sums of 64 terms after it: no second set of sums, and no wait for them before the next product. A row of W is
+        multiplied by a power of two that brings its scales' bound into [2^14, 2^15)."""
+        SCALED: tl.constexpr = row_scale_ptr is not None
         if PDL:
             gdc_launch_dependents()
-            gdc_wait()
+            if not SCALED:
+                gdc_wait()
         tile = tl.program_id(0)
         n_start = (tile // row_tiles) * N_TILE
         row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
@@ -534,46 +643,74 @@ if triton is not None:
         last = tl.minimum(first + share, groups) - 1
 
         # A group's GROUP blocks begin at a multiple of GROUP, so they have one second-level scale.
-        block = (n * blocks)[:, None] + tl.minimum(first, groups - 1) * GROUP
-        scales = _scales(
-            absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
-            block // 256, NESTED,
-        )  # fmt: skip
+        row_block = n * blocks
+        start = tl.minimum(first, groups - 1) * GROUP
+        if SCALED:
+            exponent = _exponent(_largest_scale(code_ptr, outer_ptr, offset_ptr, offset_stride, n, blocks))
+            column_scale = _power_of_two(268 - exponent)
+            raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, row_block + start, GROUP)
+            next01 = _half_scales(raw, code_ptr, column_scale, 0)
+            if GROUP == 4:
+                next23 = _half_scales(raw, code_ptr, column_scale, 2)
+            start = tl.minimum(first + 1, groups - 1) * GROUP
+            raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, row_block + start, GROUP)
+            if PDL:
+                gdc_wait()  # only now: what was read so far is frozen
+        else:
+            block = row_block[:, None] + start
+            scales = _scales(
+                absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+                block // 256, NESTED,
+            )  # fmt: skip
         WORDS: tl.constexpr = 16 * GROUP if WIDE else 16
         words_pointers = words_ptr + n.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, WORDS)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
         accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
         for group in range(first, last + 1):
-            block = (n * blocks)[:, None] + tl.minimum(group + 1, last) * GROUP
-            next_scales = _scales(
-                absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
-                block // 256, NESTED,
-            )  # fmt: skip
+            if SCALED:
+                s01 = next01
+                next01 = _half_scales(raw, code_ptr, column_scale, 0)
+                if GROUP == 4:
+                    s23 = next23
+                    next23 = _half_scales(raw, code_ptr, column_scale, 2)
+                block = row_block + tl.minimum(group + 2, last) * GROUP
+                raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, GROUP)
+            else:
+                block = row_block[:, None] + tl.minimum(group + 1, last) * GROUP
+                next_scales = _scales(
+                    absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+                    block // 256, NESTED,
+                )  # fmt: skip
+                if GROUP == 4:
+                    s0, s1, s2, s3 = _quarters(scales)
+                else:
+                    s0, s1 = _halves(scales)
+                scales = next_scales
             x_group = x_pointers + group * (GROUP * 64)
             words_group = words_pointers + group * (GROUP * 16)
-            if GROUP == 4:
-                s0, s1, s2, s3 = _quarters(scales)
-                if WIDE:
+            if WIDE:
+                if GROUP == 4:
                     w0, w1, w2, w3 = _quarters(tl.load(words_group))
                 else:
-                    w0 = tl.load(words_group)
-                    w1 = tl.load(words_group + 16)
+                    w0, w1 = _halves(tl.load(words_group))
+            else:
+                w0 = tl.load(words_group)
+                w1 = tl.load(words_group + 16)
+                if GROUP == 4:
                     w2 = tl.load(words_group + 32)
                     w3 = tl.load(words_group + 48)
-                accumulator += _block_dot(w0, table_ptr, x_group, s0)
-                accumulator += _block_dot(w1, table_ptr, x_group + 64, s1)
-                accumulator += _block_dot(w2, table_ptr, x_group + 128, s2)
-                accumulator += _block_dot(w3, table_ptr, x_group + 192, s3)
+            if SCALED:
+                accumulator = _scaled_block_dot(w0, table_ptr, x_group, s01, accumulator, 0)
+                accumulator = _scaled_block_dot(w1, table_ptr, x_group + 64, s01, accumulator, 1)
+                if GROUP == 4:
+                    accumulator = _scaled_block_dot(w2, table_ptr, x_group + 128, s23, accumulator, 0)
+                    accumulator = _scaled_block_dot(w3, table_ptr, x_group + 192, s23, accumulator, 1)
             else:
-                s0, s1 = _halves(scales)
-                if WIDE:
-                    w0, w1 = _halves(tl.load(words_group))
-                else:
-                    w0 = tl.load(words_group)
-                    w1 = tl.load(words_group + 16)
-                accumulator += _block_dot(w0, table_ptr, x_group, s0)
-                accumulator += _block_dot(w1, table_ptr, x_group + 64, s1)
-            scales = next_scales
+                accumulator = _block_dot(w0, table_ptr, x_group, s0, accumulator)
+                accumulator = _block_dot(w1, table_ptr, x_group + 64, s1, accumulator)
+                if GROUP == 4:
+                    accumulator = _block_dot(w2, table_ptr, x_group + 128, s2, accumulator)
+                    accumulator = _block_dot(w3, table_ptr, x_group + 192, s3, accumulator)
 
         last_one = True
         if SPLIT:
@@ -589,6 +726,8 @@ if triton is not None:
                     accumulator += tl.load(partials + i * step, cache_modifier=".cg")
         if last_one:
             y = accumulator * factor
+            if SCALED:
+                y = y * tl.load(row_scale_ptr + row)[None, :] * _power_of_two(exponent - 14)[:, None]
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
             column = n_start + tl.arange(0, N_TILE)
