@@ -280,13 +280,23 @@ def restore_checkpoint(
 ) -> None:
     """Bring model, optimizer, scheduler and this rank's random-number generators to a checkpoint's state.
 
+    The learning rate is the one that `optimizer` was made with, at the schedule's place: a resume may give another.
     A rank the checkpoint does not know (more processes than then) keeps the generators it has."""
     manifest = _read_manifest(path)
     tensors = load_file(path / "training.safetensors")
     load_adapter(model, path / "adapter")
+    wanted = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(join_tensors(manifest["optimizer"], tensors))
     if scheduler is not None:
         scheduler.load_state_dict(join_tensors(manifest["scheduler"], tensors))
+    for i, (group, lr) in enumerate(zip(optimizer.param_groups, wanted)):
+        before = group.get("initial_lr", group["lr"])
+        if lr == before:
+            continue
+        group["lr"] *= lr / before  # schedules multiply the rate they begin with
+        if scheduler is not None:
+            group["initial_lr"] = scheduler.base_lrs[i] = lr
+            scheduler._last_lr[i] = group["lr"]
     rng = join_tensors(manifest["rng"], tensors)
     if rank < len(rng):
         set_rng_state(rng[rank], device)

@@ -64,11 +64,12 @@ def all_gather(value: Any, world: World) -> list[Any]:
     return values
 
 
-def all_means(columns: Mapping[str, Sequence[float | None]], world: World) -> dict[str, float]:
-    """The mean of each column over all ranks' entries, None left out; NaN for a column without any.
+def all_means(columns: Mapping[str, Sequence[float | Exception | None]], world: World) -> dict[str, float]:
+    """The mean of each column over all ranks' entries; NaN for a column without any. Left out are None and what a
+    reward gives in place of a number it could not have, an exception.
 
     Every rank must call it with the same names; the columns may differ in length."""
-    found = [[v for v in column if v is not None] for column in columns.values()]
+    found = [[v for v in c if v is not None and not isinstance(v, Exception)] for c in columns.values()]
     sums = torch.tensor([[sum(f), len(f)] for f in found], dtype=torch.float64)
     totals = all_sum(sums.to(world.device), world).tolist()
     return {name: total / count if count else float("nan") for name, (total, count) in zip(columns, totals)}

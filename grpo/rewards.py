@@ -8,6 +8,7 @@ itself: after an error, `score` calls the function with one completion at a time
 import ast
 import functools
 import inspect
+import logging
 import math
 import operator
 import re
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 from grpo.answers import equal, extract_answer, normalize, parse_number
 from grpo.sandbox import Outcome, Sandbox
+
+logger = logging.getLogger(__name__)
 
 Reward = Callable[..., Sequence[float | Exception | None]]
 
@@ -326,6 +329,15 @@ def score(
                 total[i] = (total[i] or 0.0) + weight * value
     for failure in failures:
         total[failure.sample] = None
+    if failures:
+        logger.warning(
+            "rewards failed on %d of %d samples, which count for nothing; the first: %r on sample %d: %s",
+            len({f.sample for f in failures}),
+            len(completions),
+            failures[0].function,
+            failures[0].sample,
+            failures[0].error,
+        )
     return Scores(total, by_function, failures)
 
 

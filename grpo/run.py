@@ -103,6 +103,8 @@ class Run:
     _stopping: bool = False
     _saved: int = -1
     _restored: bool = False
+    _argv: list[str] | None = None
+    """the command line as a resume has changed it, until a checkpoint goes by it"""
 
     @property
     def writes(self) -> bool:
@@ -184,7 +186,7 @@ class Run:
         step: int,
         prompts: Sequence[str],
         completions: Sequence[str],
-        rewards: Mapping[str, Sequence[float | None]],
+        rewards: Mapping[str, Sequence[float | Exception | None]],
         advantages: Sequence[float] | torch.Tensor | None = None,
         *,
         split: str = "train",
@@ -271,6 +273,11 @@ class Run:
             os.fsync(self._metrics.fileno())
             save_checkpoint(folder, step, model, optimizer, scheduler, rng=rng, state=state, score=score)
             prune_checkpoints(folder, self.keep)
+            if self._argv is not None:  # a later resume goes on as this one did
+                record = read_run(self.directory)
+                record |= {"argv": self._argv, "args": _json(self.args)}
+                write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
+                self._argv = None
 
     def finish(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Write adapter/ (loads in peft, transformers and vLLM), the curves, the report, and close the run."""
@@ -427,17 +434,17 @@ def command_line(argv: Sequence[str] | None = None) -> list[str]:
     for i, word in enumerate(argv):
         flag, _, value = word.partition("=")
         if flag == "--resume" and (value or i + 1 < len(argv)):
-            return [*_without_run_dir(read_run(Path(value or argv[i + 1]))["argv"]), *argv]
+            return [*_without_directories(read_run(Path(value or argv[i + 1]))["argv"]), *argv]
     return argv
 
 
-def _without_run_dir(argv: Sequence[str]) -> list[str]:
-    """The directory may have been moved since."""
+def _without_directories(argv: Sequence[str]) -> list[str]:
+    """Without --run-dir and --resume: the directory may have been moved since."""
     words = iter(argv)
     kept = []
     for word in words:
         flag = word.partition("=")[0].replace("_", "-")
-        if flag != "--run-dir":
+        if flag not in ("--run-dir", "--resume"):
             kept.append(word)
         elif "=" not in word:
             next(words, None)
@@ -542,7 +549,11 @@ def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
                     raise
                 continue
             run = Run(directory, args, world, **options, _lock=lock, _metrics=metrics)
-            run._tracker = open_tracker(args.track, directory, record["args"])
+            try:
+                run._tracker = open_tracker(args.track, directory, record["args"])
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)  # nothing has run in it: its name is free again
+                raise
             run.say(f"run directory: {directory}")
             return run
     except BaseException:
@@ -566,6 +577,8 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoint, refused = newest_checkpoint(folder)
     step, kept_bytes = (checkpoint.step, checkpoint.state["metrics_bytes"]) if checkpoint else (0, 0)
+    if args.steps < step:
+        raise ValueError(f"--steps {args.steps}: the run has done {step} already; give as many or more")
     metrics = open(directory / "metrics.jsonl", "ab")  # noqa: SIM115 (closed by Run.finish)
     if metrics.tell() < kept_bytes:
         raise ValueError(
@@ -586,6 +599,8 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
     record.setdefault("resumed", []).append({"step": step, "at": _now(), "changed": changed, **_machine(world)})
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     run = Run(directory, args, world, **options, _lock=lock, _metrics=metrics, _checkpoint=checkpoint)
+    if changed:
+        run._argv = [*record["argv"], *_without_directories(sys.argv[1:])]
     run.history = read_metrics(directory / "metrics.jsonl")
     run._tracker = open_tracker(args.track, directory, record["args"])
     for message in refused:
@@ -655,9 +670,11 @@ def _json(value: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> float | int | None:
-    """A metric's value as JSON: integers as they are, NaN, infinity and None as null."""
+    """A metric's value as JSON: integers as they are; NaN, infinity, None and a reward's exception as null."""
     if value is None or isinstance(value, int):
         return value
+    if isinstance(value, Exception):
+        return None
     try:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):

@@ -375,3 +375,26 @@ def test_the_last_and_the_best_are_kept(tmp_path, scores, kept, best):
         prune_checkpoints(tmp_path, 2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == [f"step-{step:06d}" for step in kept]
     assert best_checkpoint(tmp_path) == (None if best is None else tmp_path / f"step-{best:06d}")
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_a_resume_with_another_learning_rate_goes_by_it(tmp_path, scheduled):
+    model, optimizer, scheduler = parts()
+    update(model, optimizer, scheduler, 3)
+    if not scheduled:
+        for group in optimizer.param_groups:
+            group.pop("initial_lr")
+    path = save_checkpoint(
+        tmp_path, 3, model, optimizer, scheduler if scheduled else None, rng=[rng_state(CPU)], state={}
+    )
+    model, _, _ = parts(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step) if scheduled else None
+    restore_checkpoint(path, model, optimizer, scheduler, rank=0, device=CPU)
+    if scheduler is None:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+        return
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] == pytest.approx([0.02 * 0.9**3])
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]] == pytest.approx([0.02 * 0.9**4])

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from grpo.data import countdown_examples, load_examples
+from grpo.distributed import World, all_means
 from grpo.rewards import (
     RewardTimeout,
     brevity,
@@ -223,12 +224,15 @@ def test_symbolic_correctness(sandbox):
     assert correctness(completions, [r"\sqrt{12}"] * 5) == [0, 1, 0, 0, 0]
 
 
-def test_symbolic_checks_left_out_for_lack_of_time_are_absent_not_wrong():
+def test_symbolic_checks_left_out_for_lack_of_time_are_absent_not_wrong(caplog):
     slow, plain = r"\boxed{10^{10^{10}}}", r"\boxed{2\sqrt{3}}"
     with Sandbox(1, timeout_s=0.5, budget_s=0.4) as pool:
         scores = score({"correct": functools.partial(correctness, sandbox=pool)}, [slow, plain], [r"\sqrt{12}"] * 2)
+        alone = correctness([slow, plain], [r"\sqrt{12}"] * 2, sandbox=pool)  # as a recipe's evaluation calls it
     assert scores.total == [0.0, None]
     assert "TimeoutError" in scores.failures[0].error
+    assert "rewards failed on 1 of 2 samples, which count for nothing; the first: 'correct' on sample 1" in caplog.text
+    assert all_means({"correct": alone}, World()) == {"correct": 0.0}
 
 
 def test_numeric_tolerance():

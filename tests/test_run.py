@@ -231,6 +231,33 @@ def test_resuming_with_other_arguments_is_noted_and_another_recipe_refused(tmp_p
         start_run(Args(resume=tmp_path / "run"), recipe=Path("other.py"))
 
 
+def test_a_later_resume_goes_on_with_what_the_last_one_changed(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--steps", "2", "--run-dir", str(directory)])
+    train(Args(run_dir=directory, steps=2))
+    # A resume that comes to no checkpoint (refused later on, say) leaves nothing behind.
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--resume", str(directory), "--steps", "9"])
+    start_run(Args(resume=directory, steps=9), recipe=RECIPE)._close()
+    assert command_line(["--resume", str(directory)])[:2] == ["--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", f"--resume={directory}", "--steps", "3", "--learning-rate", "0.5"])
+    train(Args(resume=directory, steps=3, learning_rate=0.5))
+    again = ["--resume", str(directory)]
+    assert command_line(again) == ["--steps", "2", "--steps", "3", "--learning-rate", "0.5", *again]
+    capsys.readouterr()
+    start_run(Args(resume=directory, steps=3, learning_rate=0.5), recipe=RECIPE)._close()
+    assert "with another" not in capsys.readouterr().out
+    start_run(Args(resume=directory, steps=4, learning_rate=0.1), recipe=RECIPE)._close()
+    assert "with another learning_rate: 0.5 until now, 0.1 from step 4" in capsys.readouterr().out
+
+
+def test_fewer_steps_than_are_done_are_refused_before_anything_is_cut_off(tmp_path):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    before = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(ValueError, match="--steps 1: the run has done 2 already"):
+        start_run(Args(resume=tmp_path / "run", steps=1), recipe=RECIPE)
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
 def test_metrics_shorter_than_the_checkpoint_knows_are_refused(tmp_path):
     train(Args(run_dir=tmp_path / "run", steps=2))
     (tmp_path / "run/metrics.jsonl").write_text("")
@@ -321,7 +348,7 @@ def test_skips_survive_a_resume(tmp_path):
 
 def test_completions_are_kept_with_rewards_and_advantages(tmp_path):
     run = start(tmp_path / "run", completions_every=4)
-    rewards = {"correct": [1.0, 0.0, None, float("nan")], "format": [1, 1, 0, 0]}
+    rewards = {"correct": [1.0, 0.0, None, float("nan")], "format": [1, 1, TimeoutError("left out"), 0]}
     for step in (1, 2, 4):
         run.save_completions(step, ["p", "q"], ["a", "b", "c", "é\n"], rewards, torch.tensor([1.0, -1.0, 0.0, 0.5]))
     run.save_completions(2, ["p"], ["z"], {"correct": [1.0]}, split="eval")
@@ -330,6 +357,7 @@ def test_completions_are_kept_with_rewards_and_advantages(tmp_path):
     assert names == ["eval-000002.jsonl", "train-000001.jsonl", "train-000004.jsonl"]
     lines = [json.loads(line) for line in (folder / "train-000004.jsonl").read_text().splitlines()]
     assert lines[1] == {"prompt": "p", "completion": "b", "rewards": {"correct": 0.0, "format": 1}, "advantage": -1.0}
+    assert lines[2]["rewards"] == {"correct": None, "format": None}
     assert lines[3] == {
         "prompt": "q", "completion": "é\n", "rewards": {"correct": None, "format": 0}, "advantage": 0.5,
     }  # fmt: skip
@@ -487,6 +515,16 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--track wandb needs a package: pip install wandb"):
         start_run(Args(run_dir=tmp_path / "run", track="wandb"), recipe=RECIPE)
+
+
+def test_a_tracker_that_cannot_begin_leaves_the_directory_s_name_free(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr("grpo.run.open_tracker", refuse)
+    with pytest.raises(RuntimeError, match="no API key"):
+        start(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------- several ranks
