@@ -1,6 +1,8 @@
 """What every recipe's command line has in common: checks before anything expensive, and errors in one line."""
 
 import contextlib
+import importlib.util
+import math
 import os
 import sys
 import traceback
@@ -16,6 +18,7 @@ _AT_LEAST = {
     "max_prompt_tokens": (1, "tokens of the longest prompt"),
     "max_completion_tokens": (1, "tokens an answer may take"),
     "micro_batch_tokens": (1, "padded tokens of one forward pass"),
+    "warmup_steps": (0, "0 begins at the full learning rate"),
     "lora_rank": (1, "rank of the adapter"),
     "lora_alpha": (1, "the adapter's scaling is alpha / rank"),
     "eval_every": (0, "0 evaluates only before and after"),
@@ -41,8 +44,10 @@ def check_args(args: Any) -> None:
         raise ValueError(f"--prompts-per-step {prompts} must be a multiple of the {processes} processes")
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
-        if not value > 0:
-            raise ValueError(f"{flag(field)} {value} must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{flag(field)} {value} must be above 0, and finite")
+    if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--engine vllm: vLLM is not installed; pip install -e '.[vllm]', or take --engine torch")
 
 
 def flag(field: str) -> str:

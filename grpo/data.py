@@ -72,16 +72,19 @@ def load_examples(
             return arithmetic_examples(limit, seed=seed, split=split)
         return countdown_examples(limit or 10_000, seed=seed, split=split)
     known = SOURCES.get(source, Source(source, config, "question", "answer", ("train", "test")))
-    path = Path(source)
+    path, name = Path(source), source
     if source in SOURCES:
         rows = _hub_rows(known, split)
     elif path.is_dir():
-        rows = _file_rows(_split_file(path, split))
+        file = _split_file(path, split)
+        rows, name = _file_rows(file), str(file)
     elif path.suffix in FILE_TYPES or path.is_file():
         rows = _file_rows(path)
+    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise ValueError(f"--data {source}: no such file or folder; give one, or the name of a hub data set")
     else:
         rows = _hub_rows(known._replace(config=config, splits=(split,)), split)
-    examples = examples_from_rows(rows, question or known.question, answer or known.answer, source)
+    examples = examples_from_rows(rows, question or known.question, answer or known.answer, name)
     if source in SOURCES and "test" not in known.splits:
         examples = by_hash(examples, split)
     return examples[:limit]
@@ -172,8 +175,8 @@ def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, Any]]:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--data {source.hub}: split {hub_split!r} cannot be loaded from the hub "
-            f"({type(error).__name__}: {reason}); check the name, the split and the connection, or give a local "
-            "file: --data path/to/file.jsonl"
+            f"({type(error).__name__}: {reason}); check the name, the split and the connection, or give a "
+            "folder that holds train.jsonl and test.jsonl"
         ) from error
     return ((f"row {i}", row) for i, row in enumerate(rows))
 

@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -238,9 +239,33 @@ def check_policy(
     if lora_rank < 1:
         raise ValueError(f"--lora-rank {lora_rank} must be at least 1")
     modules = target_modules(config, lora_targets)
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
+    if adapter:
+        _check_adapter(Path(adapter), config)
     return folder, config, modules
+
+
+def _check_adapter(adapter: Path, config: Any) -> None:
+    """Raise ValueError, naming the flag and the layer, where an adapter's folder is none, or is another model's."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():  # an old one, as .bin: not opened here, since that is unpickling
+        return
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    with safe_open(weights, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+            if part not in ("A.weight", "B.weight"):
+                continue
+            size = file.get_slice(key).get_shape()[1 if part == "A.weight" else 0]
+            layer = shapes.get(name)
+            if layer is None or layer[1 if part == "A.weight" else 0] != size:
+                here = "has no such layer" if layer is None else f"has {list(layer)} there"
+                raise ValueError(
+                    f"--adapter {adapter}: {key} does not fit: --model {here}; give the adapter's own model"
+                )
 
 
 def target_modules(config: Any, targets: str) -> list[str]:

@@ -1,3 +1,4 @@
+import importlib.util
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,8 @@ class Args:
     steps: int = 1
     group_size: int = 2
     learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    engine: str = "torch"
 
 
 def test_check_args_names_flag_and_least():
@@ -23,6 +26,17 @@ def test_check_args_names_flag_and_least():
         check_args(Args(group_size=1))
     with pytest.raises(ValueError, match="--learning-rate nan must be above 0"):
         check_args(Args(learning_rate=float("nan")))
+    with pytest.raises(ValueError, match="--learning-rate inf must be above 0, and finite"):
+        check_args(Args(learning_rate=float("inf")))
+    with pytest.raises(ValueError, match="--warmup-steps -1 is too small"):
+        check_args(Args(warmup_steps=-1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_check_args_wants_vllm_before_weights_are_read():
+    check_args(Args(engine="auto"))
+    with pytest.raises(ValueError, match="--engine vllm: vLLM is not installed"):
+        check_args(Args(engine="vllm"))
 
 
 @dataclass

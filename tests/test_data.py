@@ -126,7 +126,23 @@ def test_unreachable_hub_names_flag_and_remedy(monkeypatch):
     with pytest.raises(ValueError, match="--data openai/gsm8k") as error:
         load_examples("gsm8k")
     assert "\n" not in str(error.value)
-    assert "or give a local file: --data path/to/file.jsonl" in str(error.value)
+    assert "or give a folder that holds train.jsonl and test.jsonl" in str(error.value)
+
+
+def test_of_a_folder_the_file_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": 1}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "b"}\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: no field 'answer'"):
+        load_examples(str(tmp_path), split="test")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./no/such", "data/of/mine"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match=f"--data {source}: no such file or folder"):
+        load_examples(source)
 
 
 def test_hub_sets_and_their_fields(monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, write_model
 
+from grpo.checkpoint import save_adapter
 from grpo.models import (
+    check_policy,
     check_prompt_lengths,
     encode_chat,
     load_policy,
@@ -199,6 +201,12 @@ def test_refuses(model_folder, tmp_path):
         load_policy(model_folder(), lora_rank=2, lora_targets="nope")
     with pytest.raises(ValueError, match="--adapter"):
         load_policy(model_folder(), lora_rank=2, adapter=str(tmp_path))
+    made, wider = tmp_path / "adapter", write_model(tmp_path / "wider", hidden_size=128)
+    save_adapter(load_policy(model_folder(), lora_rank=2, lora_targets="q_proj"), made)
+    for other, there in ((wider, r"has \[64, 128\] there"), (model_folder("phi3"), "has no such layer")):
+        with pytest.raises(ValueError, match=rf"--adapter .*q_proj.lora_A.weight does not fit: --model {there}"):
+            check_policy(str(other), lora_rank=2, adapter=made)
+    check_policy(model_folder(), lora_rank=2, adapter=made)
     with pytest.raises(ValueError, match="no trainable parameter"):
         trainable_parameters(torch.nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than --max-prompt-tokens 2 \(prompt 1 has 3"):

@@ -1,5 +1,7 @@
 """The plan of a run: the true shapes of the big models within their cards, and what never exceeds a limit."""
 
+import math
+
 import pytest
 from conftest import ROOT, load_recipe
 from hypothesis import given, settings
@@ -71,7 +73,11 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
             micro_batch_tokens=micro_batch_tokens,
         )
     except ValueError as error:
-        if not all(flag in str(error) for flag in ("--gpu-memory-gb", "--max-completion-tokens")):
+        flags = (
+            "--max-completion-tokens",
+            "max_position_embeddings" if "made for" in str(error) else "--gpu-memory-gb",
+        )
+        if not all(flag in str(error) for flag in flags):
             raise
         return
     assert made.peak <= made.limit == int(gigabytes * GIB)
@@ -96,8 +102,11 @@ def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
 
 
 def test_refusals_name_the_flag():
-    with pytest.raises(ValueError, match="--gpu-memory-gb -1 must be above 0"):
-        plan("qwen25_1_5b", gpu_memory_gb=-1)
+    for value in (-1, 0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"--gpu-memory-gb {value:g} must be above 0"):
+            plan("qwen25_1_5b", gpu_memory_gb=value)
+    with pytest.raises(ValueError, match=r"--max-completion-tokens 16384 are more than the 16384 tokens"):
+        plan("phi4", max_completion_tokens=16_384)
 
 
 def test_description_shows_every_part_and_the_sums():

@@ -1,5 +1,6 @@
 """What a run takes of a card, by part and phase, before a weight is read; and the sizes that keep it within a limit."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def make_plan(
     nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where a
     micro-batch of one longest sequence would not fit else.
     Raises ValueError, with the memory by part and naming the flags, where nothing fits."""
-    if gpu_memory_gb is not None and gpu_memory_gb <= 0:
+    if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
     device = torch.device(device)
     model = dims(config)
@@ -83,6 +84,12 @@ def make_plan(
     limit = int(gpu_memory_gb * GIB) if gpu_memory_gb is not None else int(total * 0.97) if total is not None else None
 
     longest = max_prompt_tokens + max_completion_tokens
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"--max-prompt-tokens {max_prompt_tokens} and --max-completion-tokens {max_completion_tokens} are more "
+            f"than the {context} tokens the model was made for (max_position_embeddings); lower them"
+        )
     resident = {
         "CUDA context": CONTEXT_BYTES,
         "weights, 4 bit": size.quantized_bytes,
