@@ -225,7 +225,7 @@ def main(args: Args) -> None:
         prompts = [encode(train[i].question) for i in indices]
         with run.phase("generate"):
             engine.sync(model)
-            seed = args.seed + step * world.size + world.rank
+            seed = (args.seed * 1_000_003 + step) * world.size + world.rank
             completions = engine.generate(prompts, args.group_size, sampling, seed=seed)
         ids = [c.token_ids for c in completions]  # [prompts * group_size] lists
 
