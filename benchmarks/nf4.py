@@ -2,7 +2,8 @@
 
     python benchmarks/nf4.py                    # Llama 3.1 8B: 224 products, 1 to 2048 rows
     python benchmarks/nf4.py --check            # errors against float64 for the shapes of 1.5B to 70B models
-    python benchmarks/nf4.py --tune --rows 16   # tile sizes of the fused kernel, each shape alone
+    python benchmarks/nf4.py --joined           # q, k, v and gate, up joined, as the vLLM engine runs them
+    python benchmarks/nf4.py --tune --joined --rows 256 128 64   # tile sizes of the fused kernel, each shape alone
     python benchmarks/nf4.py --chunks           # chunk sizes of the path for many rows
 
 A measurement is a CUDA graph of the linear layers of all the model's layers, each with its own weights (3.5 GB in all,
@@ -13,6 +14,7 @@ the codes and scales (bf16: the weights), each once.
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -41,6 +43,10 @@ MODELS = {
 }
 
 
+DEVICE = "cuda"
+STARTED = time.monotonic()
+
+
 @dataclass
 class Args:
     model: str = "llama-3.1-8b"
@@ -52,17 +58,23 @@ class Args:
     check: bool = False
     """errors of every model's shapes instead"""
     tune: bool = False
-    """times of many tile sizes instead"""
+    """times of many tile sizes instead: each shape alone, then the best of each in one graph"""
+    joined: bool = False
+    """q, k, v as one product and gate, up as one, as the vLLM engine runs them"""
+    scaled_from: int | None = None
+    """rows from which the fused kernel scales its weights before the product; None: as nf4_linear has it"""
+    seconds: float = 140
+    """--tune times nothing more once so long has passed"""
     chunks: bool = False
     """times of chunk sizes instead"""
     expanded: bool = False
     """scales expanded to float32 for ours, instead of double-quantised"""
     replays: int = 20
     """replays of each graph"""
-    best: int = 6
+    best: int = 4
     """tile sizes that --tune prints"""
-    compile: str = ""
-    """internal: indices of the tiles that this process compiles for --tune"""
+    compile: int | None = None
+    """internal: index of the tiles that this process compiles and checks for --tune"""
 
 
 @dataclass
@@ -81,19 +93,30 @@ class Weight:
         outer = bnb.functional.QuantState(absmax=a.absmax, code=a.code, blocksize=256, dtype=torch.float32)
         return bnb.functional.QuantState(
             absmax=a.quantised, shape=torch.Size(self.shape), code=bnb.functional.get_4bit_type("nf4", device="cuda"),
-            blocksize=64, quant_type="nf4", dtype=torch.bfloat16, offset=a.offset, state2=outer,
+            blocksize=64, quant_type="nf4", dtype=torch.bfloat16, offset=a.offset.flatten()[0], state2=outer,
         )  # fmt: skip
 
 
-def random_weight(shape: tuple[int, int]) -> Weight:
+def layer_shapes(args: Args) -> list[tuple[int, int]]:
+    """(N, K) of one layer's products, in the order they run."""
+    shapes, _ = MODELS[args.model]
+    if not args.joined or len(shapes) == 4:  # Phi-4's are joined already
+        return shapes
+    q, k, v, o, gate, up, down = shapes
+    return [(q[0] + k[0] + v[0], q[1]), o, (gate[0] + up[0], gate[1]), down]
+
+
+def random_weight(shape: tuple[int, int], joined: bool = False) -> Weight:
+    """joined: with an offset for each second-level scale."""
     n, k = shape
-    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device="cuda")
+    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device=DEVICE)
     blocks = n * k // 64
+    outer = torch.full((-(-blocks // 256),), 0.03, device=DEVICE)
     absmax = nf4.NestedAbsmax(
-        torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda"),
-        torch.linspace(-1, 1, 256, device="cuda"),
-        torch.full((-(-blocks // 256),), 0.03, device="cuda"),
-        torch.tensor(0.06, device="cuda"),
+        torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=DEVICE),
+        torch.linspace(-1, 1, 256, device=DEVICE),
+        outer,
+        2 * outer if joined else torch.tensor(0.06, device=DEVICE),
     )
     return Weight(shape, packed, absmax)
 
@@ -123,7 +146,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def inputs(shapes: Iterable[tuple[int, int]], rows: int) -> dict[int, Tensor]:
-    return {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for k in {k for _, k in shapes}}
+    return {k: torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16) for k in {k for _, k in shapes}}
 
 
 def products(weights: list[Weight], x: dict[int, Tensor], backend: str | None = None) -> Callable[[], None]:
@@ -134,18 +157,19 @@ def products(weights: list[Weight], x: dict[int, Tensor], backend: str | None = 
     return run
 
 
-def tiled(weights: list[Weight], x: Tensor, tiles: nf4.Tiles) -> Callable[[], None]:
+def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], nf4.Tiles]) -> Callable[[], None]:
+    """tiles: of each shape."""
+
     def run():
         for w in weights:
-            nf4._fused(x, w.packed, w.absmax, w.shape, None, tiles)
+            nf4._fused(x[w.shape[1]], w.packed, w.absmax, w.shape, None, tiles[w.shape])
 
     return run
 
 
 def table(args: Args) -> None:
-    shapes, layers = MODELS[args.model]
-    layers = args.layers or layers
-    weights = [random_weight(shape) for _ in range(layers) for shape in shapes]
+    shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
+    weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
     states = [w.state() for w in weights] if bnb else []
     if args.expanded:
         for w in weights:
@@ -202,107 +226,165 @@ def check(args: Args) -> bool:
 
 
 def candidates(rows: int) -> list[nf4.Tiles]:
-    """Tiles to try; splits are filled in for each shape."""
+    """Tiles to try; splits are filled in for each shape. The first is the default, which scales sums, not weights."""
     T = nf4.Tiles
-    if rows <= 16:
-        found = [T(64, 16, 1, 4, stages, wide=wide) for stages in (2, 3, 4) for wide in (True, False)]
-        found += [T(128, 16, 1, 4, 3), T(128, 16, 1, 8, 3), T(64, 8, 1, 4, 3), T(64, 16, 1, 4, 4, group=2)]
-    elif rows <= 32:
-        found = [T(64, 32, 1, 4, 2), T(64, 32, 1, 4, 3), T(128, 32, 1, 8, 3), T(64, 32, 1, 4, 4, group=2)]
+    first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
+    if rows <= 32:
+        height = 16 if rows <= 16 else 32
+        found = [T(64, height, 1, 4, 2), T(64, height, 1, 4, 2, wide=False), T(64, height, 1, 4, 3)]
+        found += [T(64, height, 1, 4, 3, group=2), T(64, height, 1, 4, 4, group=2), T(128, height, 1, 8, 2)]
     elif rows <= 64:
-        found = [T(64, 64, 1, 4, 2), T(64, 64, 1, 4, 3), T(128, 64, 1, 8, 2), T(128, 64, 1, 8, 3)]
-        found += [T(64, 64, 1, 4, 4, group=2), T(128, 64, 1, 8, 4, group=2), T(128, 64, 1, 4, 3, group=2)]
+        found = [T(64, 64, 1, 4, 2), T(64, 64, 1, 4, 3, group=2), T(128, 64, 1, 8, 2), T(128, 64, 1, 8, 3, group=2)]
+        found += [T(256, 64, 1, 16, 2), T(256, 64, 1, 16, 3, group=2)]
+    elif rows <= 128:
+        found = [T(64, 128, 1, 4, 2, group=2), T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 2, group=2)]
+        found += [T(128, 128, 1, 8, 3, group=2), T(256, 128, 1, 16, 2, group=2), T(256, 128, 1, 16, 3, group=2)]
     else:
-        found = [T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 3, group=2), T(64, 128, 1, 4, 2, group=2)]
-        found += [T(64, 128, 1, 4, 3, group=2), T(128, 64, 1, 8, 3, group=2), T(64, 256, 1, 8, 2, group=2)]
-    return found
+        found = [T(128, 256, 1, 8, 2, group=2), T(128, 256, 1, 8, 3, group=2), T(256, 128, 1, 16, 2, group=2)]
+        found += [T(256, 128, 1, 16, 3, group=2), T(128, 128, 1, 8, 2, group=2), T(128, 128, 1, 8, 3, group=2)]
+    return [first, *(tiles._replace(scaled=True) for tiles in found)]
 
 
-def compile_tiles(args: Args) -> None:
-    """Compile some of the candidates, both with and without split."""
-    tiles = [t for rows in args.rows for t in candidates(rows)]
-    weight = random_weight((256, 2048))
-    for i in map(int, args.compile.split(",")):
-        for splits in (1, 2):
-            try:
-                x = torch.randn(tiles[i].rows, 2048, device="cuda", dtype=torch.bfloat16)
-                nf4._fused(x, weight.packed, weight.absmax, weight.shape, None, tiles[i]._replace(splits=splits))
-            except Exception as error:  # too much shared memory, say: reported when it is timed
-                print(tiles[i], str(error)[:200])
-    torch.cuda.synchronize()
+def all_candidates(args: Args) -> list[nf4.Tiles]:
+    return list(dict.fromkeys(tiles for rows in args.rows for tiles in candidates(rows)))
 
 
-def compile_all(args: Args, processes: int = 12) -> None:
-    count = sum(len(candidates(rows)) for rows in args.rows)
-    jobs = []
-    for p in range(min(processes, count)):
-        indices = ",".join(map(str, range(p, count, processes)))
-        command = [sys.executable, __file__, "--tune", "--compile", indices, "--rows", *map(str, args.rows)]
-        jobs.append(subprocess.Popen(command))
-    for job in jobs:
-        job.wait()
+def fused_error(x: Tensor, weight: Weight, tiles: nf4.Tiles, exact: Tensor) -> float:
+    """Relative error; what the kernel leaves unwritten is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        return relative_error(nf4._fused(x, weight.packed, weight.absmax, weight.shape, None, tiles), exact)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def tune(args: Args) -> None:
-    compile_all(args)
-    shapes, layers = MODELS[args.model]
-    layers = args.layers or layers
-    for n, k in sorted(set(shapes)):
-        weights = [random_weight((n, k)) for _ in range(layers)]
-        floor = weights[0].bytes() / 3.0e6  # us at 3 TB/s
-        for rows in args.rows:
-            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-            times = {}
-            exact = (
-                x.double() @ nf4.nf4_dequantise_reference(weights[0].packed, weights[0].absmax, (n, k), torch.float64).T
-            )
-            for tiles in candidates(rows):
-                programs = -(-n // tiles.n) * -(-rows // tiles.rows)
-                for splits in (1, 2, 3, 4, 6, 8, 12, 16):
-                    if k // splits < 512 or not 100 < programs * splits < 1400:
-                        continue
-                    t = tiles._replace(splits=splits)
+def compile_tiles(args: Args) -> bool:
+    """Compile one of the candidates, with and without split, and check it; False if it is wrong or does not run."""
+    tiles = all_candidates(args)[args.compile]
+    weight = random_weight((304, 2048), args.joined)  # N a multiple of 16 as the real ones: no second compilation
+    x = torch.randn(2 * tiles.rows - 3, 2048, device=DEVICE, dtype=torch.bfloat16)
+    exact = x.double() @ nf4.nf4_dequantise_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
+    for splits in (1, 2):
+        t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
+        try:
+            problem = f"error {fused_error(x, weight, t, exact):.2e}"
+            good = fused_error(x, weight, t, exact) < 3e-3
+        except Exception as failure:  # too much shared memory, say
+            problem, good = f"{type(failure).__name__} {str(failure)[:200]}", False
+        if not good:
+            print("left out:", t, problem, flush=True)
+            return False
+    return True
 
-                    try:
-                        times[t] = replay_ms(tiled(weights, x, t), args.replays) / layers * 1e3
-                        y = nf4._fused(x, weights[0].packed, weights[0].absmax, (n, k), None, t)
-                        error = relative_error(y, exact)
-                        if not error < 3e-3:
-                            print("WRONG", t, error)
-                    except Exception as failure:
-                        print(t, type(failure).__name__, str(failure)[:150])
-                        break
-            ranked = sorted(times, key=times.__getitem__)
-            chosen = nf4.choose_tiles(rows, n, k, nf4._multiprocessors(x.device))
-            print(
-                f"{n} x {k}, {rows} rows: floor {floor:.1f} us; {len(times)} tried; default {times.get(chosen, -1):.1f}"
-            )
-            for t in ranked[: args.best]:
-                print(f"   {times[t]:6.1f} us  {t}")
-            pdl = ranked[0]._replace(pdl=True)
-            try:
-                us = replay_ms(tiled(weights, x, pdl), args.replays)
-                y = nf4._fused(x, weights[0].packed, weights[0].absmax, (n, k), None, pdl)
-                print(f"   {us / layers * 1e3:6.1f} us  the first with pdl, error {relative_error(y, exact):.1e}")
-            except Exception as failure:
-                print("   pdl", type(failure).__name__, str(failure)[:150])
-            by_kind: dict = {}
-            for t in ranked:
-                by_kind.setdefault(t._replace(splits=0), times[t])
-            print(
-                "   best split of each: "
-                + "; ".join(
-                    f"{t.n},{t.rows},w{t.warps},s{t.stages},g{t.group}{'' if t.wide else ',thin'} {u:.1f}"
-                    for t, u in by_kind.items()
-                ),
-                flush=True,
-            )
+
+def compile_all(args: Args) -> set[nf4.Tiles]:
+    """The candidates that run and are right. Each is compiled and tried in a process of its own, all at once, so that
+    one that fails or hangs takes no other with it."""
+    command = [sys.executable, __file__, "--tune", *["--joined"] * args.joined, "--rows", *map(str, args.rows)]
+    every = all_candidates(args)
+    jobs = [subprocess.Popen([*command, "--compile", str(i)]) for i in range(len(every))]
+    good = set()
+    for tiles, job in zip(every, jobs):
+        try:
+            if job.wait(timeout=max(1.0, args.seconds / 2 - time.monotonic() + STARTED)) == 0:
+                good.add(tiles)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            print("left out, not done in time:", tiles)
+    print(f"{len(good)} of {len(every)} tiles run and are right, after {time.monotonic() - STARTED:.0f} s", flush=True)
+    return good
+
+
+def splits_of(tiles: nf4.Tiles, n: int, k: int, rows: int, multiprocessors: int) -> list[int]:
+    """Splits worth a try: the programs fill the multiprocessors, in few enough pieces."""
+    programs = -(-n // tiles.n) * -(-rows // tiles.rows)
+    most = (10 if rows <= 64 else 5) * multiprocessors
+    more = [s for s in (2, 3, 4, 5, 6, 8, 12, 16) if programs * (s - 1) < 3 * multiprocessors and programs * s < most]
+    return [1, *(s for s in more if k // s >= 512)]
+
+
+def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], nf4.Tiles], args: Args) -> float:
+    """us of one layer's part of weights; NaN, and a line, if it fails."""
+    try:
+        layers = args.layers or MODELS[args.model][1]
+        return replay_ms(tiled(weights, x, tiles), args.replays) / layers * 1e3
+    except Exception as failure:
+        print("   ", *tiles.values(), type(failure).__name__, str(failure)[:150], flush=True)
+        return float("nan")
+
+
+def tune_shape(
+    weights: list[Weight], x: Tensor, args: Args, good: set[nf4.Tiles], first: dict[str, nf4.Tiles]
+) -> dict[nf4.Tiles, float]:
+    """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name."""
+    w, rows = weights[0], len(x)
+    n, k = w.shape
+    exact = x.double() @ nf4.nf4_dequantise_reference(w.packed, w.absmax, w.shape, torch.float64).T
+    limit = 3e-3
+    if bnb and DEVICE == "cuda":
+        limit = 1.01 * relative_error(bnb.matmul_4bit(x, w.packed, w.state()), exact)
+    pdl = next(iter(first.values())).pdl
+    tries = list(first.values())
+    for t in candidates(rows):
+        tries += [t._replace(splits=s, pdl=pdl) for s in splits_of(t, n, k, rows, multiprocessors())]
+    tries = [t for t in dict.fromkeys(tries) if t._replace(splits=1, pdl=False) in good]
+    times, errors = {}, {}
+    for t in tries:
+        if time.monotonic() - STARTED > args.seconds and t not in first.values():
+            print("    out of time")
+            break
+        us = layer_us(weights, {k: x}, {w.shape: t}, args)
+        if us == us:
+            errors[t] = fused_error(x, w, t, exact)
+            if errors[t] < limit:
+                times[t] = us
+            else:
+                print(f"    WRONG {t} {errors[t]:.2e}, must be below {limit:.2e}")
+    ranked = sorted(times, key=times.__getitem__)
+    count = len(weights) // (args.layers or MODELS[args.model][1])
+    floor = count * w.bytes() / 3.0e6  # us at 3 TB/s
+    print(f"{n} x {k}, {count} a layer, {rows} rows: floor {floor:.1f} us, {len(times)} of {len(tries)} timed")
+    for t in dict.fromkeys([*ranked[: args.best], *(t for t in first.values() if t in times)]):
+        names = "".join(f"  {name}" for name, named in first.items() if named == t)
+        print(f"   {times[t]:6.1f} us  error {errors[t]:.2e}  {t}{names}", flush=True)
+    return {t: times[t] for t in ranked}
+
+
+def multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 4
+
+
+def tune(args: Args, good: set[nf4.Tiles]) -> None:
+    """good: the tiles to try."""
+    shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
+    weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
+    pdl = DEVICE == "cuda" and nf4.is_hopper(weights[0].packed.device)
+    for rows in args.rows:
+        x = inputs(shapes, rows)
+        chosen: dict[str, dict] = {"default": {}, "scaled": {}, "best": {}}
+        sums = dict.fromkeys(chosen, 0.0)
+        for shape in dict.fromkeys(shapes):
+            first = {
+                name: nf4.choose_tiles(rows, *shape, multiprocessors(), name == "scaled")._replace(pdl=pdl)
+                for name in ("default", "scaled")
+            }
+            times = tune_shape([w for w in weights if w.shape == shape], x[shape[1]], args, good, first)
+            for name, t in {**first, "best": next(iter(times), None)}.items():
+                if t in times:
+                    chosen[name][shape] = t
+                sums[name] += times.get(t, float("nan")) * layers / 1e3
+        for name, tiles in chosen.items():
+            whole = float("nan")
+            if len(tiles) == len(set(shapes)):
+                whole = layer_us(weights, x, tiles, args) * layers / 1e3
+            print(f"{rows} rows, {layers} layers, {name}: sum of single shapes {sums[name]:.2f} ms, ", end="")
+            print(f"in one graph {whole:.2f} ms  ({time.monotonic() - STARTED:.0f} s)", flush=True)
 
 
 def chunks(args: Args) -> None:
-    shapes, layers = MODELS[args.model]
-    layers = args.layers or 8
-    weights = [random_weight(shape) for _ in range(layers) for shape in shapes]
+    shapes, layers = layer_shapes(args), args.layers or 8
+    weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
     print(f"ms for {layers} layers; chunk MiB:", end="")
     sizes = (8, 16, 24, 32, 48, 1024)
     print(*(f"{s:8}" for s in sizes))
@@ -324,16 +406,18 @@ def chunks(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.compile:
-        compile_tiles(args)
+    if args.scaled_from is not None:
+        nf4.SCALED_FROM = args.scaled_from
+    if args.compile is not None:
+        sys.exit(not compile_tiles(args))
+    good = compile_all(args) if args.tune else set()
+    version = getattr(bnb, "__version__", "missing")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bitsandbytes {version}")
+    if args.check:
+        sys.exit(not check(args))
+    elif args.tune:
+        tune(args, good)
+    elif args.chunks:
+        chunks(args)
     else:
-        version = getattr(bnb, "__version__", "missing")
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bitsandbytes {version}")
-        if args.check:
-            sys.exit(not check(args))
-        elif args.tune:
-            tune(args)
-        elif args.chunks:
-            chunks(args)
-        else:
-            table(args)
+        table(args)

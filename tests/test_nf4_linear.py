@@ -264,7 +264,8 @@ def test_tiles_cover_the_sum():
     for rows, scaled in itertools.product((1, 16, 17, 64, 65, 300), (False, True)):
         for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 256)):
             tiles = nf4.choose_tiles(rows, n, k, 132, scaled)
-            assert tiles.splits >= 1 and tiles.scaled == scaled
+            assert tiles.splits >= 1
+            assert tiles.scaled == scaled
             groups = k // 64 // tiles.group
             share = -(-groups // tiles.splits)
             assert share * (tiles.splits - 1) < groups  # no program without work

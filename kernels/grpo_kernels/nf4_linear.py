@@ -506,8 +506,7 @@ if triton is not None:
 
     @triton.jit
     def _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, GROUP: tl.constexpr):
-        """GROUP bytes of scales from block on, in one int32, with their second-level scale and offset. One element a row
-        of W: so few that the compiler loads them where they are used, not through shared memory."""
+        """GROUP bytes of scales from block on in one int32, and their second-level scale and offset: [N_TILE] each."""
         WORD: tl.constexpr = tl.int32 if GROUP == 4 else tl.int16
         word = tl.load((absmax_ptr + block).to(tl.pointer_type(WORD), bitcast=True)).to(tl.int32)
         outer = block // 256
@@ -526,7 +525,7 @@ if triton is not None:
 
     @triton.jit
     def _block_dot(words, table_ptr, x_pointers, scale, accumulator):
-        """accumulator: [N_TILE, ROW_TILE] float32 + ([N_TILE, 16] words of one block of 64 along k, times x) * scale."""
+        """accumulator + ([N_TILE, 16] words of one block of 64 along k times x) * scale, [N_TILE, ROW_TILE] float32."""
         x = tl.load(x_pointers)
         q0, q1, q2, q3 = _lookup(words, table_ptr, x.dtype)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
