@@ -43,14 +43,19 @@ class _Wandb:
 
         import wandb
 
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "grpo-recipes"),
-            name=directory.name,
-            id=directory.resolve().name,
-            resume="allow",
-            dir=str(directory),
-            config=dict(arguments),
-        )
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "grpo-recipes"),
+                name=directory.name,
+                id=directory.resolve().name,
+                resume="allow",
+                dir=str(directory),
+                config=dict(arguments),
+            )
+        except wandb.Error as error:  # nobody is logged in, say
+            raise ValueError(
+                f"--track wandb: {error} Or set WANDB_MODE=offline, which writes into the run directory only"
+            ) from error
         # Our own x axis: after a resume steps are written again, which wandb's counter would drop.
         self.run.define_metric("*", step_metric="step")
 

@@ -78,7 +78,7 @@ def write_byte_model(folder, architecture: str, answers: Sequence[str], **settin
     rewards now and then. Its chat template closes a turn with <end>."""
     tokenizer = load_recipe(ROOT / "benchmarks" / "random_model.py").byte_tokenizer(answers)
     size = 64 * -(-len(tokenizer) // 64)
-    write_model(folder, architecture, vocab_size=size, max_position_embeddings=1024, **settings)
+    write_model(folder, architecture, vocab_size=size, max_position_embeddings=2048, **settings)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -517,6 +517,19 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
         start_run(Args(run_dir=tmp_path / "run", track="wandb"), recipe=RECIPE)
 
 
+def test_wandb_s_refusal_is_an_error_of_ours(tmp_path, monkeypatch):
+    class Wandb:
+        Error = OSError
+
+        def init(self, **_):
+            raise self.Error("Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"--track wandb: Use `wandb login` to log in\. Or set WANDB_MODE=offline"):
+        start_run(Args(run_dir=tmp_path / "run", track="wandb"), recipe=RECIPE)
+
+
 def test_a_tracker_that_cannot_begin_leaves_the_directory_s_name_free(tmp_path, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no API key")
