@@ -237,11 +237,16 @@ def candidates(rows: int) -> list[nf4.Tiles]:
         found = [T(64, 64, 1, 4, 2), T(64, 64, 1, 4, 3, group=2), T(128, 64, 1, 8, 2), T(128, 64, 1, 8, 3, group=2)]
         found += [T(256, 64, 1, 16, 2), T(256, 64, 1, 16, 3, group=2)]
     elif rows <= 128:
-        found = [T(64, 128, 1, 4, 2, group=2), T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 2, group=2)]
-        found += [T(128, 128, 1, 8, 3, group=2), T(256, 128, 1, 16, 2, group=2), T(256, 128, 1, 16, 3, group=2)]
+        found = [T(64, 128, 1, 4, 2, group=2), T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 2, group=2, registers=128)]
+        found += [
+            T(128, 128, 1, 8, 3, group=2, registers=128),
+            T(256, 128, 1, 16, 2, group=2),
+            T(256, 128, 1, 16, 3, group=2),
+        ]
     else:
         found = [T(128, 256, 1, 8, 2, group=2), T(128, 256, 1, 8, 3, group=2), T(256, 128, 1, 16, 2, group=2)]
-        found += [T(256, 128, 1, 16, 3, group=2), T(128, 128, 1, 8, 2, group=2), T(128, 128, 1, 8, 3, group=2)]
+        found += [T(256, 128, 1, 16, 3, group=2)]
+        found += [T(128, 128, 1, 8, stages, group=2, registers=128) for stages in (2, 3)]
     return [first, *(tiles._replace(scaled=True) for tiles in found)]
 
 

@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from grpo_kernels import linear_logprob, nf4_linear, policy_terms
 
-def compile(kernel, types, warps, stages=3, **constants):
+def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
     return compiled.metadata.shared
@@ -78,9 +78,8 @@ for tiles in chosen:
     pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
     known = types(pointers, "offset_stride rows N K row_tiles", "factor")
     choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
-    used = compile(
-        nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, N_TILE=tiles.n, ROW_TILE=tiles.rows, **choices
-    )
+    choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows}
+    used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
 for scaled in (False, True):
     pointers = {"x": "bf16", "out": "fp16" if scaled else "bf16", "counters": "i32"}

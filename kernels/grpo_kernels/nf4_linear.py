@@ -299,6 +299,7 @@ class Tiles(NamedTuple):
     wide: bool = True  # load a group's words at once rather than block by block
     pdl: bool = False  # start before the kernel ahead has ended
     scaled: bool = False  # fp16 weights, scaled before the product: for bf16 x (of fp16 it loses a bit), NestedAbsmax
+    registers: int | None = None  # at most so many a thread
 
 
 SCALED_FROM = FUSED_ROWS + 1
@@ -312,7 +313,7 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
     if scaled and rows > 128:
         tiles, resident = Tiles(128, 256, 1, 8, 3, group=2, scaled=True), 1
     elif scaled and rows > 64:
-        tiles, resident = Tiles(128, 128, 1, 8, 3, group=2, scaled=True), 2
+        tiles, resident = Tiles(128, 128, 1, 8, 3, group=2, scaled=True, registers=128), 2
     elif scaled and rows > 32:
         tiles, resident = Tiles(128, 64, 1, 8, 3, group=2, scaled=True), 2
     elif scaled:
@@ -372,6 +373,7 @@ def _fused(
         size = (tiles.splits, n_tiles * row_tiles, tiles.n * tiles.rows)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
+    registers = {"maxnreg": tiles.registers} if tiles.registers else {}
     _permute_kernel[(len(permuted), triton.cdiv(k, width))](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), len(x), k,
         0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl,
@@ -382,7 +384,7 @@ def _fused(
         row_scale, _emulation_table(permuted.dtype, TABLE_SCALE, x.device),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl,
-        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
     )  # fmt: skip
     return y
 
