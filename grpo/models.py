@@ -225,6 +225,9 @@ def load_policy(
                 task_type="CAUSAL_LM",
             ),
         )
+    for module in policy.modules():  # an adapter from elsewhere, or a base model, may ask for some
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     policy.train()
     return policy
 

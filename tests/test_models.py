@@ -5,6 +5,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import ARCHITECTURES, write_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from grpo.checkpoint import save_adapter
 from grpo.models import (
@@ -94,6 +96,18 @@ def test_continued_adapter_has_its_frozen_copy_as_reference(model_folder, tmp_pa
     assert len(trainable_parameters(continued)) == count
     continued(IDS).logits.sum().backward()
     assert all(p.grad is not None for p in trainable_parameters(continued))
+
+
+def test_an_adapter_trained_with_dropout_is_continued_without(model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder())
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    policy = load_policy(model_folder(), lora_rank=2, adapter=tmp_path / "adapter")
+    ids = torch.arange(8, 24)[None]
+    with torch.no_grad():
+        assert torch.equal(policy(ids).logits, policy(ids).logits)
+        with reference_policy(policy):
+            assert torch.equal(policy(ids).logits, policy(ids).logits)
 
 
 def test_targets(model_folder):
