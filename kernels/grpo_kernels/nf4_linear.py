@@ -359,7 +359,9 @@ def _fused(
     if not y.numel():
         return y
     if tiles is None:
-        scaled = len(x) >= SCALED_FROM and isinstance(absmax, NestedAbsmax) and x.dtype == torch.bfloat16
+        scaled = len(x) >= SCALED_FROM and x.dtype == torch.bfloat16
+        # Up to four scales are loaded at once.
+        scaled = scaled and isinstance(absmax, NestedAbsmax) and absmax.quantised.data_ptr() % 4 == 0
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4, scaled)
         tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)

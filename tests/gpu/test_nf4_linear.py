@@ -38,6 +38,25 @@ def test_no_worse_than_bitsandbytes(n, k, backend, rows, nested, dtype):
         assert torch.equal(actual, nf4_linear(x, packed, absmax, (n, k), bias, backend=backend))  # deterministic
 
 
+@pytest.mark.parametrize("rows", [1, 17, 33, 100, 250])
+@pytest.mark.parametrize(("n", "k"), [(200, 512), (1024, 4096), (96, 8960)])
+def test_scaled_weights_are_no_worse_than_bitsandbytes(n, k, rows, monkeypatch):
+    """The tiles that scale weights before the product, whether or not they are the default; large and small rows."""
+    monkeypatch.setattr(nf4, "SCALED_FROM", 1)
+    x, packed, absmax, state = problem(n, k, rows, torch.bfloat16, device="cuda", seed=rows)
+    x[0] *= 2.0**40
+    x[rows // 2] *= 2.0**-40
+    state.dtype = torch.bfloat16
+    bias = torch.zeros(n, device="cuda", dtype=torch.bfloat16)
+    exact = nf4_linear_reference(x.double(), packed, absmax, (n, k))
+    with poisoned_memory():
+        actual = nf4_linear(x, packed, absmax, (n, k), bias, backend="fused")
+    theirs = torch.nn.functional.linear(x, bitsandbytes_weight(packed, state, torch.bfloat16))
+    size = exact.norm(dim=-1, keepdim=True)
+    assert relative_error(actual / size, exact / size) < relative_error(theirs / size, exact / size)
+    assert torch.equal(actual, nf4_linear(x, packed, absmax, (n, k), bias, backend="fused"))  # deterministic
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dequantise_bit_for_bit(dtype):
     _, packed, absmax, state = problem(70, 320, 1, nested=False, device="cuda")
