@@ -1,7 +1,9 @@
 """What training takes of a card, by part, known from the config alone; and two ways of staying below a limit."""
 
 import contextlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grpo.batch import MicroBatch
 from grpo.logprobs import completion_logps
-from grpo.models import trainable_parameters
+from grpo.models import adapter_shapes, trainable_parameters
 
 GIB = 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -54,6 +56,8 @@ class PolicySize(NamedTuple):
     """of the largest 4-bit layer: what dequantising needs room for"""
     trainable: int
     """of the adapter"""
+    reference: int = 0
+    """of its frozen copy, where a trained adapter is trained further"""
 
     @property
     def quantized_bytes(self) -> int:
@@ -66,8 +70,8 @@ class PolicySize(NamedTuple):
 
     @property
     def adapter_bytes(self) -> int:
-        """master weights and gradients, fp32"""
-        return 8 * self.trainable
+        """master weights and gradients, fp32, and the frozen copy"""
+        return 8 * self.trainable + 4 * self.reference
 
     @property
     def optimizer_bytes(self) -> int:
@@ -75,9 +79,16 @@ class PolicySize(NamedTuple):
         return 8 * self.trainable
 
 
-def policy_size(config: Any, modules: list[str], *, lora_rank: int, load_in_4bit: bool = True) -> PolicySize:
+def policy_size(
+    config: Any,
+    modules: list[str],
+    *,
+    lora_rank: int,
+    load_in_4bit: bool = True,
+    adapter: str | Path | None = None,
+) -> PolicySize:
     """modules: full names of the adapted ones (`grpo.models.target_modules`). Parameters that are shared (a tied head)
-    count once."""
+    count once. adapter: a trained adapter's folder: its own sizes count, and twice, for its copy is the reference."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     settings = getattr(config, "quantization_config", None) or {}
@@ -96,7 +107,10 @@ def policy_size(config: Any, modules: list[str], *, lora_rank: int, load_in_4bit
             largest = max(largest, module.weight.numel())
         if name in adapted:
             trainable += lora_rank * (module.in_features + module.out_features)
-    return PolicySize(sum(p.numel() for p in skeleton.parameters()), quantized, largest, trainable)
+    reference = 0
+    if adapter:
+        reference = trainable = sum(math.prod(shape) for shape in adapter_shapes(adapter).values())
+    return PolicySize(sum(p.numel() for p in skeleton.parameters()), quantized, largest, trainable, reference)
 
 
 def training_bytes(model: Dims, size: PolicySize, *, tokens: int, completion_tokens: int, offload: bool) -> int:

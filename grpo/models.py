@@ -251,24 +251,28 @@ def _check_adapter(adapter: Path, config: Any) -> None:
     """Raise ValueError, naming the flag and the layer, where an adapter's folder is none, or is another model's."""
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.is_file():  # an old one, as .bin: not opened here, since that is unpickling
-        return
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    for key, shape in adapter_shapes(adapter).items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        side = 1 if part == "A.weight" else 0
+        layer = shapes.get(name)
+        if layer is None or layer[side] != shape[side]:
+            here = "has no such layer" if layer is None else f"has {list(layer)} there"
+            raise ValueError(f"--adapter {adapter}: {key} does not fit: --model {here}; give the adapter's own model")
+
+
+def adapter_shapes(adapter: str | Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a PEFT adapter's folder, from the file's header. Empty for an old one, saved as .bin: it
+    is not opened here, since that is unpickling."""
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return {}
     with safe_open(weights, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-            if part not in ("A.weight", "B.weight"):
-                continue
-            size = file.get_slice(key).get_shape()[1 if part == "A.weight" else 0]
-            layer = shapes.get(name)
-            if layer is None or layer[1 if part == "A.weight" else 0] != size:
-                here = "has no such layer" if layer is None else f"has {list(layer)} there"
-                raise ValueError(
-                    f"--adapter {adapter}: {key} does not fit: --model {here}; give the adapter's own model"
-                )
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def target_modules(config: Any, targets: str) -> list[str]:

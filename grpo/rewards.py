@@ -483,21 +483,3 @@ def _one_reward(target: str, outcome: Outcome) -> Any:
     if not isinstance(outcome.value, list) or len(outcome.value) != 1:
         raise _Misuse(f"reward {target!r} returned {outcome.value!r} for one completion, not a list of one number")
     return outcome.value[0]
-
-
-def reward_metrics(scores: Scores) -> dict[str, float]:
-    """What to log of a step: the means of the total and of each function over the samples that have one, the
-    standard deviation of the total, and the share of failed samples."""
-
-    def mean(values: Sequence[float | None]) -> float:
-        present = [v for v in values if v is not None]
-        return sum(present) / len(present) if present else math.nan
-
-    total = mean(scores.total)
-    metrics = {
-        "reward": total,
-        "reward_std": math.sqrt(mean([None if t is None else (t - total) ** 2 for t in scores.total])),
-        **{f"reward/{name}": mean(values) for name, values in scores.by_function.items()},
-    }
-    metrics["reward_failed"] = len({f.sample for f in scores.failures}) / max(len(scores.total), 1)
-    return metrics

@@ -55,7 +55,7 @@ from grpo.checkpoint import (
     split_tensors,
     write_text,
 )
-from grpo.cli import check_args
+from grpo.cli import check_args, flag
 from grpo.distributed import World, all_gather, all_sum
 from grpo.report import write_curves, write_report
 from grpo.track import Tracker, check_tracker, open_tracker
@@ -65,6 +65,8 @@ SCHEMA = 1
 """version of metrics.jsonl's lines; see docs/runs.md"""
 
 _RESERVED = ("schema", "step", "times")
+_FOR_GOOD = ("lora_rank", "lora_alpha", "lora_targets", "load_in_4bit")
+"""arguments that a checkpoint's weights were trained with"""
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "vllm", "numpy", "safetensors", "grpo-recipes")
 
 
@@ -579,6 +581,16 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
     step, kept_bytes = (checkpoint.step, checkpoint.state["metrics_bytes"]) if checkpoint else (0, 0)
     if args.steps < step:
         raise ValueError(f"--steps {args.steps}: the run has done {step} already; give as many or more")
+    changed = {
+        name: [record["args"].get(name), value]
+        for name, value in _json(args).items()
+        if name not in ("resume", "run_dir") and record["args"].get(name) != value
+    }
+    for name in set(changed) & set(_FOR_GOOD):
+        raise ValueError(
+            f"{flag(name)} {changed[name][1]}: the run was begun with {changed[name][0]}, and its adapter means "
+            "nothing with another; leave the flag out, or start a new run"
+        )
     metrics = open(directory / "metrics.jsonl", "ab")  # noqa: SIM115 (closed by Run.finish)
     if metrics.tell() < kept_bytes:
         raise ValueError(
@@ -591,11 +603,6 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
         if int(path.stem.rsplit("-", 1)[1]) > step:
             path.unlink()
 
-    changed = {
-        name: [record["args"].get(name), value]
-        for name, value in _json(args).items()
-        if name not in ("resume", "run_dir") and record["args"].get(name) != value
-    }
     record.setdefault("resumed", []).append({"step": step, "at": _now(), "changed": changed, **_machine(world)})
     write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     run = Run(directory, args, world, **options, _lock=lock, _metrics=metrics, _checkpoint=checkpoint)

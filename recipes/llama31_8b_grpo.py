@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from transformers import get_constant_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
 from grpo.answers import extract_lenient
@@ -141,6 +141,7 @@ def main(args: Args) -> None:
         config,
         modules,
         lora_rank=args.lora_rank,
+        adapter=args.adapter,
         sequences=args.prompts_per_step // world.size * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
@@ -201,7 +202,7 @@ def main(args: Args) -> None:
     )
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    scheduler = get_constant_schedule_with_warmup(optimizer, args.warmup_steps)
+    scheduler = LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / (args.warmup_steps + 1)))
     run.record_inputs(model=model_source(args.model), train=train, held_out=held_out)
     run.restore(model, optimizer, scheduler)
 

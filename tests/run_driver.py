@@ -30,6 +30,7 @@ class Args:
     save_every: int = 2
     track: str = "none"
     learning_rate: float = 0.1
+    lora_alpha: int = 32
 
 
 RECIPE = Path(__file__)

@@ -51,6 +51,18 @@ def test_a_tied_head_counts_once_and_layers_left_in_16_bit_are_dense(tmp_path):
     assert policy_size(tied, modules, lora_rank=1, load_in_4bit=False).quantized == 0
 
 
+def test_a_continued_adapter_counts_by_itself_and_twice(model_folder, tmp_path):
+    folder = model_folder("llama")
+    load_policy(folder, lora_rank=8, lora_targets="q_proj").save_pretrained(tmp_path)
+    _, config, modules = check_policy(folder, lora_rank=2, adapter=tmp_path)
+    size = policy_size(config, modules, lora_rank=2, adapter=tmp_path)
+    model = load_policy(folder, lora_rank=2, adapter=tmp_path)
+    numel = {t: sum(p.numel() for n, p in model.named_parameters() if f".{t}." in n) for t in ("default", "reference")}
+    assert size.trainable == numel["default"] == 2 * 8 * (64 + 64)
+    assert size.reference == numel["reference"]
+    assert size.adapter_bytes == (4 + 4 + 4) * numel["default"]  # weights, gradients, copy
+
+
 def test_llama_8b_by_hand():
     size = policy_size(LLAMA_8B, target_modules(LLAMA_8B, "all-linear"), lora_rank=16)
     assert size.parameters == 8_030_261_248  # as the hub says

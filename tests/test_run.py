@@ -231,6 +231,15 @@ def test_resuming_with_other_arguments_is_noted_and_another_recipe_refused(tmp_p
         start_run(Args(resume=tmp_path / "run"), recipe=Path("other.py"))
 
 
+def test_what_the_adapter_was_trained_with_cannot_change(tmp_path):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"--lora-alpha 640: the run was begun with 32.*start a new run"):
+        start_run(Args(resume=tmp_path / "run", steps=3, lora_alpha=640), recipe=RECIPE)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    train(Args(resume=tmp_path / "run", steps=3))  # and the lock is free
+
+
 def test_a_later_resume_goes_on_with_what_the_last_one_changed(tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--steps", "2", "--run-dir", str(directory)])

@@ -1,6 +1,7 @@
 """What a run takes of a card, by part and phase, before a weight is read; and the sizes that keep it within a limit."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ def make_plan(
     max_completion_tokens: int,
     micro_batch_tokens: int | None = None,
     load_in_4bit: bool = True,
+    adapter: str | Path | None = None,
     gpu_memory_gb: float | None = None,
     kv_cache_dtype: str = "auto",
     device: torch.device | str = "cpu",
@@ -69,6 +71,7 @@ def make_plan(
     """The plan of a run: sequences at a time, tokens of a micro-batch and offloading so that both phases fit.
 
     config, modules: of `grpo.models.check_policy`. sequences: sampled in a step by this process.
+    adapter: a trained adapter that is trained further: its rank and layers count, not `lora_rank` and `modules`.
     micro_batch_tokens: None takes what fits, at most 16,384. gpu_memory_gb: GiB of the card for the whole process, as
     nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where a
     micro-batch of one longest sequence would not fit else.
@@ -77,7 +80,7 @@ def make_plan(
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
     device = torch.device(device)
     model = dims(config)
-    size = policy_size(config, modules, lora_rank=lora_rank, load_in_4bit=load_in_4bit)
+    size = policy_size(config, modules, lora_rank=lora_rank, load_in_4bit=load_in_4bit, adapter=adapter)
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
     if gpu_memory_gb is not None and total is not None and gpu_memory_gb * GIB > total:
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} is more than the card has ({total / GIB:.1f} GiB)")

@@ -231,6 +231,8 @@ class VLLMEngine:
                     f"prompt {i} has {len(prompt)} tokens: with max_tokens {sampling.max_tokens} that is more than "
                     f"the {self.sizes.max_model_len} the engine was made for; raise --max-prompt-tokens"
                 )
+        if not prompts:  # a rank's share of few questions can be none
+            return []
         with self._awake():
             if self.check_every and (self._calls < 5 or self._calls % self.check_every == 0):
                 self.check(prompts[0][:128])
