@@ -166,7 +166,7 @@ def test_run_json_says_what_the_run_was_made_of(tmp_path, monkeypatch):
     assert not (tmp_path / "clean/git.diff").exists()
     assert record["args"] == {
         "steps": 6, "seed": 0, "run_dir": str(tmp_path / "clean"), "resume": None, "save_every": 2, "track": "none",
-        "learning_rate": 0.25,
+        "learning_rate": 0.25, "lora_alpha": 32,
     }  # fmt: skip
     assert record["versions"]["torch"] == torch.__version__
     assert record["recipe"] == "recipe.py"
