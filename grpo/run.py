@@ -105,6 +105,8 @@ class Run:
     _stopping: bool = False
     _saved: int = -1
     _restored: bool = False
+    _resumed: dict[str, Any] | None = None
+    """what run.json will say of this resume, until it is sure to take place"""
     _argv: list[str] | None = None
     """the command line as a resume has changed it, until a checkpoint goes by it"""
 
@@ -122,13 +124,30 @@ class Run:
             restore_checkpoint(
                 self._checkpoint.path, model, optimizer, scheduler, rank=self.world.rank, device=self.world.device
             )
+        if self._resumed is not None:
+            self._cut_back(self._resumed)
+            self._resumed = None
+
+    def _cut_back(self, resumed: dict[str, Any]) -> None:
+        """Drop what was written after the checkpoint: it will be made again. Not before nothing can be refused any
+        more, so that a resume that fails has lost nothing."""
+        assert self._metrics is not None
+        kept_bytes = self._checkpoint.state["metrics_bytes"] if self._checkpoint else 0
+        self._metrics.truncate(kept_bytes)
+        self._metrics.seek(kept_bytes)
+        for path in (self.directory / "completions").glob("*-*.jsonl"):
+            if int(path.stem.rsplit("-", 1)[1]) > resumed["step"]:
+                path.unlink()
+        record = read_run(self.directory)
+        record.setdefault("resumed", []).append(resumed)
+        write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps still to do, `start_step` + 1 to `total`, under the live view.
 
         Ctrl-C or SIGTERM lets the step end; `due` is then true, and once it has been saved the process exits with
         128 + the signal's number. A second Ctrl-C interrupts at once."""
-        if self._checkpoint is not None and not self._restored:
+        if (self._checkpoint is not None or self._resumed is not None) and not self._restored:
             raise RuntimeError("a resumed run must call run.restore(model, optimizer, scheduler) before run.steps()")
         self._total = total
         with self._signals(), self._watch(total):
@@ -597,18 +616,11 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
             f"--resume {directory}: metrics.jsonl is shorter than at the checkpoint of step {step}: it was edited or "
             "lost; restore it, or start a new run"
         )
-    metrics.truncate(kept_bytes)
-    metrics.seek(kept_bytes)
-    for path in (directory / "completions").glob("*-*.jsonl"):
-        if int(path.stem.rsplit("-", 1)[1]) > step:
-            path.unlink()
-
-    record.setdefault("resumed", []).append({"step": step, "at": _now(), "changed": changed, **_machine(world)})
-    write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
     run = Run(directory, args, world, **options, _lock=lock, _metrics=metrics, _checkpoint=checkpoint)
+    run._resumed = {"step": step, "at": _now(), "changed": changed, **_machine(world)}
     if changed:
         run._argv = [*record["argv"], *_without_directories(sys.argv[1:])]
-    run.history = read_metrics(directory / "metrics.jsonl")
+    run.history = read_metrics(directory / "metrics.jsonl", kept_bytes)
     run._tracker = open_tracker(args.track, directory, record["args"])
     for message in refused:
         run.say(f"warning: {message}; the one before is used")
@@ -722,9 +734,11 @@ def last_values(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. Raises ValueError, naming the file, for a schema this version does not know."""
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+def read_metrics(path: Path, length: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or those of its first `length` bytes.
+
+    Raises ValueError, naming the file, for a schema this version does not know."""
+    lines = [json.loads(text) for text in path.read_bytes()[:length].decode().splitlines()]
     for line in lines:
         if line.get("schema") != SCHEMA:
             raise ValueError(f"{path}: schema {line.get('schema')} is not {SCHEMA}: another version wrote it")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -225,10 +226,28 @@ def test_resuming_with_other_arguments_is_noted_and_another_recipe_refused(tmp_p
     train(Args(run_dir=tmp_path / "run", steps=2))
     run = start_run(Args(resume=tmp_path / "run", steps=2, learning_rate=0.5), recipe=RECIPE)
     assert "with another learning_rate: 0.1 until now, 0.5 from step 3" in capsys.readouterr().out
+    assert "resumed" not in read_run(tmp_path / "run")
+    run.restore(*parts(run.args))
     assert read_run(tmp_path / "run")["resumed"][0]["changed"] == {"learning_rate": [0.1, 0.5]}
     run._close()
     with pytest.raises(ValueError, match=r"that is a run of run_driver\.py, this is other\.py"):
         start_run(Args(resume=tmp_path / "run"), recipe=Path("other.py"))
+
+
+def test_a_resume_that_fails_before_it_restores_has_lost_nothing(tmp_path):
+    directory = tmp_path / "run"
+    train(Args(run_dir=directory, steps=5, save_every=2))  # the last checkpoint is that of step 5
+    shutil.rmtree(directory / "checkpoints" / "step-000005")
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    run = start_run(Args(resume=directory, steps=7), recipe=RECIPE)
+    assert run.start_step == 4
+    assert [line["step"] for line in run.history] == [0, 1, 2, 3, 4]
+    with pytest.raises(RuntimeError, match=r"must call run\.restore"):
+        next(run.steps(7))
+    run._close()
+    assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
+    train(Args(resume=directory, steps=7, save_every=2))
+    assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_what_the_adapter_was_trained_with_cannot_change(tmp_path):
@@ -278,7 +297,8 @@ def test_lines_and_completions_after_the_checkpoint_go(tmp_path):
     train(Args(run_dir=tmp_path / "run", steps=3, save_every=2), completions_every=1)
     for path in (tmp_path / "run/checkpoints").glob("*3"):
         path.rename(tmp_path / "gone")
-    start_run(Args(resume=tmp_path / "run", steps=3), recipe=RECIPE)
+    run = start_run(Args(resume=tmp_path / "run", steps=3), recipe=RECIPE)
+    run.restore(*parts(run.args))
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
     names = sorted(p.name for p in (tmp_path / "run/completions").iterdir())
     assert names == ["train-000001.jsonl", "train-000002.jsonl"]
