@@ -206,7 +206,9 @@ def load_policy(
             module.compute_dtype, module.compute_type_is_set = dtype, True
             cast(Any, module.weight).quant_state.dtype = dtype
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The second is the first's name before transformers 5.2x, and warns since.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     base.requires_grad_(False)
     if adapter:
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
