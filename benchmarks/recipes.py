@@ -12,7 +12,7 @@ filled up to 256 tokens. Evaluations, which are no part of a step, take one toke
 
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from grpo.memory import GIB
+
 ROOT = Path(__file__).parent.parent
 GB = 1e9
-GIB = 1 << 30
 
 
 class Row(NamedTuple):
@@ -127,11 +128,8 @@ def engine_of_short_evaluations(make_engine: Any, *args: Any, **settings: Any) -
 
 def child(settings: dict[str, Any]) -> None:
     """One recipe, in a process of its own."""
-    path = ROOT / "recipes" / f"{settings.pop('recipe')}_grpo.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = recipe  # dataclasses look their module up
-    spec.loader.exec_module(recipe)
+    sys.path.insert(0, str(ROOT / "recipes"))
+    recipe = importlib.import_module(f"{settings.pop('recipe')}_grpo")
     right = "countdown" if hasattr(recipe, "countdown") else "correctness"
     setattr(recipe, right, coin)
     if hasattr(recipe, "REWARDS"):
@@ -139,10 +137,7 @@ def child(settings: dict[str, Any]) -> None:
     recipe.make_engine = functools.partial(engine_of_short_evaluations, recipe.make_engine)
     if hasattr(recipe, "encode_chat"):
         recipe.encode_chat = functools.partial(filled, recipe.encode_chat, recipe.Args().max_prompt_tokens)
-    for name in ("model", "data", "run_dir"):
-        if name in settings:
-            settings[name] = Path(settings[name]) if name == "run_dir" else str(settings[name])
-    recipe.main(recipe.Args(**settings))
+    recipe.main(recipe.Args(**settings | {"run_dir": Path(settings["run_dir"])}))
 
 
 def main(args: Args) -> None:

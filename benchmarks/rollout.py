@@ -21,13 +21,12 @@ import tyro
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
 from grpo.logprobs import causal_lm, completion_logps
+from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
 from grpo.objective import Objective, policy_loss
 from grpo_rollout.engine import Sampling
 from grpo_rollout.torch_engine import dequantized
 from grpo_rollout.vllm_engine import VLLMEngine
-
-GIB = 1 << 30
 
 
 @dataclass

@@ -39,15 +39,37 @@ def check_args(args: Any) -> None:
     buffer, limit = getattr(args, "overlong_buffer", None), getattr(args, "max_completion_tokens", None)
     if buffer is not None and limit is not None and not 1 <= buffer <= limit:
         raise ValueError(f"--overlong-buffer {buffer} must lie in 1..{limit}, the --max-completion-tokens")
-    prompts, processes = getattr(args, "prompts_per_step", None), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    if prompts is not None and prompts % processes:
-        raise ValueError(f"--prompts-per-step {prompts} must be a multiple of the {processes} processes")
+    if (prompts := getattr(args, "prompts_per_step", None)) is not None:
+        check_prompts_per_step(prompts, int(os.environ.get("WORLD_SIZE", 1)))  # torchrun's
     for field in _ABOVE_ZERO:
         value = getattr(args, field, 1.0)
         if not 0 < value < math.inf:
             raise ValueError(f"{flag(field)} {value} must be above 0, and finite")
-    if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
+    if getattr(args, "engine", None) == "vllm":
+        check_vllm_installed()
+
+
+def check_prompts_per_step(prompts_per_step: int, processes: int) -> None:
+    """Raise ValueError where the questions of a step cannot be shared among the processes."""
+    if prompts_per_step < 1 or prompts_per_step % processes:
+        raise ValueError(
+            f"--prompts-per-step {prompts_per_step} must be a multiple of the {processes} processes, and above 0"
+        )
+
+
+def vllm_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def check_vllm_installed() -> None:
+    """Raise ValueError, naming the flag, where --engine vllm cannot be had."""
+    if not vllm_installed():
         raise ValueError("--engine vllm: vLLM is not installed; pip install -e '.[vllm]', or take --engine torch")
+
+
+def names_a_path(source: str) -> bool:
+    """Whether the name of a model or data set can only be meant as a path: the hub's are "name" or "owner/name"."""
+    return Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1
 
 
 def flag(field: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo.answers import final_answer
+from grpo.cli import names_a_path
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def load_examples(
         rows, name = _file_rows(file), str(file)
     elif path.suffix in FILE_TYPES or path.is_file():
         rows = _file_rows(path)
-    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+    elif names_a_path(source):
         raise ValueError(f"--data {source}: no such file or folder; give one, or the name of a hub data set")
     else:
         rows = _hub_rows(known._replace(config=config, splits=(split,)), split)

@@ -1,19 +1,16 @@
 """What training takes of a card, by part, known from the config alone; and two ways of staying below a limit."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grpo.batch import MicroBatch
 from grpo.logprobs import completion_logps
-from grpo.models import adapter_shapes, trainable_parameters
+from grpo.models import adapter_shapes, linear_layers, trainable_parameters, weightless
 
 GIB = 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -89,19 +86,15 @@ def policy_size(
 ) -> PolicySize:
     """modules: full names of the adapted ones (`grpo.models.target_modules`). Parameters that are shared (a tied head)
     count once. adapter: a trained adapter's folder: its own sizes count, and twice, for its copy is the reference."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = weightless(config)
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     if settings:  # a checkpoint that is already quantised is loaded as it is
         load_in_4bit = bool(settings.get("load_in_4bit"))
     left_out = list(settings.get("llm_int8_skip_modules") or ())
-    head = skeleton.get_output_embeddings()
     quantized = largest = trainable = 0
     adapted = set(modules)
-    for name, module in skeleton.named_modules():
-        if not isinstance(module, nn.Linear) or module is head:
-            continue
+    for name, module in linear_layers(skeleton).items():
         if load_in_4bit and should_convert_module(name, left_out):
             quantized += module.weight.numel()
             largest = max(largest, module.weight.numel())
@@ -143,15 +136,6 @@ def hold_memory(limit_gb: float | None, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
-@contextlib.contextmanager
-def out_of_memory_named(what: str, remedy: str) -> Iterator[None]:
-    """An OutOfMemoryError within becomes a ValueError that says what did not fit and which flag helps."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"{what} does not fit into the memory there is; {remedy} ({error})") from error
-
-
 def preflight(
     model: nn.Module,
     *,
@@ -179,15 +163,15 @@ def preflight(
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with out_of_memory_named(
-        f"a micro-batch of {rows} x ({prompt_tokens} + {completion_tokens}) tokens",
-        "lower --micro-batch-tokens or --max-completion-tokens, or raise --gpu-memory-gb",
-    ):
-        moments = torch.empty(
-            8 * sum(p.numel() for p in parameters), dtype=torch.uint8, device=device
-        )  # AdamW's, to come
+    try:
+        moments = torch.empty(8 * sum(p.numel() for p in parameters), dtype=torch.uint8, device=device)
         logps, entropy = completion_logps(model, batch, entropy_grad=entropy_grad, offload=offload)
         (logps.sum() + (entropy.sum() if entropy_grad else 0.0)).backward()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a micro-batch of {rows} x ({prompt_tokens} + {completion_tokens}) tokens does not fit into the memory "
+            f"there is; lower --micro-batch-tokens or --max-completion-tokens, or raise --gpu-memory-gb ({error})"
+        ) from error
     del moments
     for parameter in parameters:
         parameter.grad = None

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from grpo.cli import names_a_path
+
 REFERENCE = "reference"
 """the name of the frozen second adapter that a continued run measures its KL against"""
 
@@ -42,7 +44,7 @@ def resolve_model(model: str) -> str:
             return str(_gguf_folder(ggufs[0]))
         found = "no config.json and no .gguf file" if not ggufs else "several .gguf files: name one of them"
         raise ValueError(f"--model {model}: the folder has {found}")
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    if names_a_path(model):
         raise ValueError(f"--model {model}: no such folder; give a folder, a .gguf file or a hub name")
     return model
 
@@ -253,9 +255,7 @@ def _check_adapter(adapter: Path, config: Any) -> None:
     """Raise ValueError, naming the flag and the layer, where an adapter's folder is none, or is another model's."""
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {adapter}: no adapter_config.json in there; give a PEFT adapter's folder")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: m.weight.shape for name, m in weightless(config).named_modules() if isinstance(m, nn.Linear)}
     for key, shape in adapter_shapes(adapter).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
@@ -277,14 +277,23 @@ def adapter_shapes(adapter: str | Path) -> dict[str, list[int]]:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
 
 
+def weightless(config: Any) -> Any:
+    """The causal LM of a config, its parameters without memory (on the meta device)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """Full name -> linear layer, all but the head: those that are quantised and adapted."""
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
 def target_modules(config: Any, targets: str) -> list[str]:
     """The full names of the linear modules that `targets` means, found on a model without weights.
 
     Raises ValueError, naming the flag, the pattern that matches nothing and the names there are."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    head = skeleton.get_output_embeddings()
-    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = list(linear_layers(weightless(config)))
     if targets.strip() == "all-linear":
         return linear
     chosen: set[str] = set()

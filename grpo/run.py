@@ -140,7 +140,7 @@ class Run:
                 path.unlink()
         record = read_run(self.directory)
         record.setdefault("resumed", []).append(resumed)
-        write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
+        _write_record(self.directory, record)
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps still to do, `start_step` + 1 to `total`, under the live view.
@@ -297,7 +297,7 @@ class Run:
             if self._argv is not None:  # a later resume goes on as this one did
                 record = read_run(self.directory)
                 record |= {"argv": self._argv, "args": _json(self.args)}
-                write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
+                _write_record(self.directory, record)
                 self._argv = None
 
     def finish(self, model: nn.Module, tokenizer: Any = None) -> None:
@@ -317,7 +317,7 @@ class Run:
         record["results"] = last_values(self.history)
         best = best_checkpoint(self.directory / "checkpoints")
         record["best_checkpoint"] = best.name if best else None
-        write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
+        _write_record(self.directory, record)
         self.refresh()
         self._close()
         self.say(f"run: {self.directory}  (report.html, rewards.png, metrics.jsonl, adapter/)")
@@ -340,7 +340,7 @@ class Run:
                     f"--resume {self.directory}: {name} has changed since the run began ({known[name]['sha256'][:12]} "
                     f"then, {found['sha256'][:12]} now); restore it, or start a new run"
                 )
-        write_text(self.directory / "run.json", json.dumps(record, indent=2) + "\n")
+        _write_record(self.directory, record)
 
     def say(self, text: str) -> None:
         """Print above the live view, on rank 0 only."""
@@ -558,7 +558,7 @@ def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
             "git": git,
             **_machine(world),
         }
-        write_text(temporary / "run.json", json.dumps(record, indent=2) + "\n")
+        _write_record(temporary, record)
         metrics = open(temporary / "metrics.jsonl", "ab")  # noqa: SIM115 (closed by Run.finish)
         for directory in wanted:
             if directory.exists():
@@ -743,6 +743,10 @@ def read_metrics(path: Path, length: int | None = None) -> list[dict[str, Any]]:
         if line.get("schema") != SCHEMA:
             raise ValueError(f"{path}: schema {line.get('schema')} is not {SCHEMA}: another version wrote it")
     return lines
+
+
+def _write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    write_text(directory / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import torch
 
+from grpo.cli import check_prompts_per_step
+
 
 def prompt_indices(
     seed: int, step: int, prompts_per_step: int, dataset_size: int, *, rank: int = 0, world_size: int = 1
@@ -17,10 +19,7 @@ def prompt_indices(
     Raises ValueError, naming the flag, where the numbers do not fit."""
     if dataset_size < 1:
         raise ValueError("no training questions: the data set is empty after filtering; check --data and the lengths")
-    if prompts_per_step < 1 or prompts_per_step % world_size:
-        raise ValueError(
-            f"--prompts-per-step {prompts_per_step} must be a positive multiple of the {world_size} processes"
-        )
+    check_prompts_per_step(prompts_per_step, world_size)
     positions = range(step * prompts_per_step + rank, (step + 1) * prompts_per_step, world_size)
     shuffles: dict[int, list[int]] = {}
     indices = []

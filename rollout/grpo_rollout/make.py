@@ -1,9 +1,9 @@
 """Choosing an engine by name."""
 
-import importlib.util
 import inspect
 from typing import Any
 
+from grpo.cli import check_vllm_installed, vllm_installed
 from grpo_rollout.engine import Engine
 from grpo_rollout.torch_engine import TorchEngine
 from grpo_rollout.vllm_engine import VLLMEngine
@@ -34,13 +34,12 @@ def make_engine(
     if kind not in ENGINES:
         raise ValueError(f"--engine {kind}: no such engine; choose one of {', '.join(ENGINES)}")
     device = next(model.parameters()).device
-    installed = importlib.util.find_spec("vllm") is not None
     sized = max_prompt_tokens is not None and max_completion_tokens is not None
-    if kind == "vllm" and not installed:
-        raise ValueError("--engine vllm: vLLM is not installed; pip install -e '.[vllm]', or take --engine torch")
+    if kind == "vllm":
+        check_vllm_installed()
     if kind == "vllm" and not sized:
         raise ValueError("--engine vllm needs max_prompt_tokens and max_completion_tokens: it sizes its memory by them")
-    if kind == "vllm" or (kind == "auto" and installed and sized and device.type == "cuda"):
+    if kind == "vllm" or (kind == "auto" and vllm_installed() and sized and device.type == "cuda"):
         return VLLMEngine(
             model,
             eos_ids=eos_ids,

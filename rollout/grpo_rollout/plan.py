@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo.memory import GIB, Dims, PolicySize, dims, policy_size, training_bytes
-from grpo_rollout.sizing import engine_sizes, kv_bytes_per_token
+from grpo_rollout.sizing import allowed_bytes, engine_sizes, kv_bytes_per_token
 
 CONTEXT_BYTES = int(0.65 * GIB)
 """CUDA's context, its libraries and their workspaces, as measured on an H100"""
@@ -81,10 +81,8 @@ def make_plan(
     device = torch.device(device)
     model = dims(config)
     size = policy_size(config, modules, lora_rank=lora_rank, load_in_4bit=load_in_4bit, adapter=adapter)
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-    if gpu_memory_gb is not None and total is not None and gpu_memory_gb * GIB > total:
-        raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} is more than the card has ({total / GIB:.1f} GiB)")
-    limit = int(gpu_memory_gb * GIB) if gpu_memory_gb is not None else int(total * 0.97) if total is not None else None
+    budget = None if gpu_memory_gb is None else int(gpu_memory_gb * GIB)
+    limit = allowed_bytes(torch.cuda.mem_get_info(device)[1], budget) if device.type == "cuda" else budget
 
     longest = max_prompt_tokens + max_completion_tokens
     context = getattr(config.get_text_config(), "max_position_embeddings", None)

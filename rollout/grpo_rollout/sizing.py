@@ -39,6 +39,16 @@ def working_bytes(model: Dims, tokens: int, sequences: int, *, cuda_graphs: bool
     return activations + weight + logits + graphs
 
 
+def allowed_bytes(total_bytes: int, budget_bytes: int | None) -> int:
+    """What may be in use of a card: the budget, or without one 97% of it. Raises ValueError, naming the flag, for a
+    budget that is more than the card has."""
+    if budget_bytes is not None and budget_bytes > total_bytes:
+        raise ValueError(
+            f"--gpu-memory-gb {budget_bytes / GIB:.1f} is more than the card has ({total_bytes / GIB:.1f} GiB)"
+        )
+    return int(total_bytes * 0.97) if budget_bytes is None else budget_bytes
+
+
 def engine_sizes(
     model: Dims,
     *,
@@ -69,11 +79,7 @@ def engine_sizes(
     ]:
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
-    if budget_bytes is not None and budget_bytes > total_bytes:
-        raise ValueError(
-            f"--gpu-memory-gb {budget_bytes / GIB:.1f} is more than the card has ({total_bytes / GIB:.1f} GiB)"
-        )
-    limit = int(total_bytes * 0.97) if budget_bytes is None else budget_bytes
+    limit = allowed_bytes(total_bytes, budget_bytes)
     used = total_bytes - free_bytes
     length = max_prompt_tokens + max_completion_tokens
     per_token = kv_bytes_per_token(model, kv_bytes_per_value)
