@@ -1,5 +1,6 @@
 """The few collectives GRPO needs. Every quantity is a function of rank and world size; alone, each is the identity."""
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,14 @@ def init_distributed() -> World:
         return World(device=device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave() -> None:
+    """gloo's threads must have ended before the process does, or now and then it aborts when all work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_sum(values: torch.Tensor, world: World) -> torch.Tensor:
