@@ -4,6 +4,7 @@ their card, as nvidia-smi shows it. Needs a GPU.
     python benchmarks/recipes.py                                 # every row of the table
     python benchmarks/recipes.py --only phi4-15 llama31_8b-10    # some
     python benchmarks/recipes.py --only llama33_70b-48 --layers 8
+    python benchmarks/recipes.py --only llama31_8b-24 --sampled-tokens 1024   # the memory of 20,224, in less time
 
 Weights do not matter for speed and memory, but three things around them do, and are replaced. The reward for a right
 answer is a coin (a hash of the answer): the head's gradient is only made where a group's rewards differ. Prompts are
@@ -13,6 +14,7 @@ filled up to 256 tokens. Evaluations, which are no part of a step, take one toke
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +30,9 @@ from grpo.memory import GIB
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
+MARK = "[mark]"
+PARTS = {"load_policy": "load", "make_engine": "engine", "preflight": "preflight"}
+"""what a recipe calls before its first step -> the name of the time until it is done"""
 
 
 class Row(NamedTuple):
@@ -66,30 +71,45 @@ class Args:
     """only so many layers"""
     limit: bool = True
     """pass the row's limit to --gpu-memory-gb; off: the whole card"""
+    sampled_tokens: int | None = None
+    """end completions after so many tokens; the KV cache and the preflight stay those of the row's length"""
     extra: dict[str, str] = field(default_factory=dict)
     """further fields of the recipe's Args, such as kv_cache_dtype fp8"""
 
 
 class Smi(threading.Thread):
-    """The most that nvidia-smi shows in use within a block, MiB, asked every 20 ms."""
+    """What nvidia-smi shows in use within a block, asked every 20 ms."""
 
     def __enter__(self) -> "Smi":
         command = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=20"
         self.process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
-        self.first: int | None = None
-        self.most = 0
+        self.seen: list[tuple[float, float]] = []
+        """seconds since the epoch, GB"""
         self.start()
         return self
 
     def run(self) -> None:
         for line in self.process.stdout:
-            used = int(line.split()[0])
-            self.first = used if self.first is None else self.first
-            self.most = max(self.most, used)
+            self.seen.append((time.time(), int(line.split()[0]) * 2**20 / GB))
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.join()
+
+    def most(self, begin: float, end: float) -> float:
+        """GB at most between two times; 0 if nothing was seen."""
+        return max((used for seen, used in self.seen if begin <= seen <= end), default=0.0)
+
+
+def marked(name: str, function: Any) -> Any:
+    """The function, which then prints when it ended."""
+
+    def run(*args: Any, **settings: Any) -> Any:
+        result = function(*args, **settings)
+        print(MARK, name, time.time(), flush=True)
+        return result
+
+    return run
 
 
 def coin(completions: list[str], golds: list[str], **_: Any) -> list[float]:
@@ -112,15 +132,15 @@ def filled(encode_chat: Any, length: int, *args: Any) -> list[int]:
     return ids[:1] + ids[1:2] * (length - len(ids)) + ids[1:]
 
 
-def engine_of_short_evaluations(make_engine: Any, *args: Any, **settings: Any) -> Any:
+def engine_of_short_answers(make_engine: Any, most: int | None, *args: Any, **settings: Any) -> Any:
+    """most: tokens of a completion; of an evaluation's, one."""
     # Random weights amplify the rounding of bf16 (docs/performance.md), so sampler and trainer differ by more.
     engine = make_engine(*args, **settings, tolerance=1.0)
     generate = engine.generate
 
     def shorter(prompts: Any, group_size: int, sampling: Any, *, seed: int) -> Any:
-        return generate(
-            prompts, group_size, sampling._replace(max_tokens=1) if group_size == 1 else sampling, seed=seed
-        )
+        tokens = 1 if group_size == 1 else most or sampling.max_tokens
+        return generate(prompts, group_size, sampling._replace(max_tokens=tokens), seed=seed)
 
     engine.generate = shorter
     return engine
@@ -134,7 +154,10 @@ def child(settings: dict[str, Any]) -> None:
     setattr(recipe, right, coin)
     if hasattr(recipe, "REWARDS"):
         recipe.REWARDS["correct"] = (coin, recipe.REWARDS["correct"][1])
-    recipe.make_engine = functools.partial(engine_of_short_evaluations, recipe.make_engine)
+    most = settings.pop("sampled_tokens")
+    recipe.make_engine = functools.partial(engine_of_short_answers, recipe.make_engine, most)
+    for function, part in PARTS.items():
+        setattr(recipe, function, marked(part, getattr(recipe, function)))
     if hasattr(recipe, "encode_chat"):
         recipe.encode_chat = functools.partial(filled, recipe.encode_chat, recipe.Args().max_prompt_tokens)
     recipe.main(recipe.Args(**settings | {"run_dir": Path(settings["run_dir"])}))
@@ -164,16 +187,22 @@ def main(args: Args) -> None:
         }  # fmt: skip
         if row.recipe == "countdown_zero":
             settings["max_prompt_tokens"] = 512  # its instructions, byte by byte
-        begin = time.perf_counter()
+        settings["sampled_tokens"] = args.sampled_tokens
+        begin = time.time()
         with Smi() as smi:
             result = subprocess.run(
                 [sys.executable, __file__, "--child", json.dumps(settings)], capture_output=True, text=True, check=False
             )
-        wall = time.perf_counter() - begin
-        peak, before = smi.most * 2**20 / GB, (smi.first or 0) * 2**20 / GB
+        end = time.time()
+        peak, before = smi.most(begin, end), smi.seen[0][1] if smi.seen else 0.0
         size = f"{row.group_size} x {row.completion_tokens}"
         verdict = "" if peak <= row.limit_gb or not args.limit else "  OVER THE LIMIT"
         print(f"{name:18}{size:>12}{row.limit_gb:10.0f}{peak:9.2f}{before:8.2f}{verdict}", flush=True)
+        marks = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith(MARK)]
+        times = [begin, *(float(when) for _, when in marks), end]
+        parts = zip([*(part for part, _ in marks), "steps"], itertools.pairwise(times))
+        print("    peak GB:", ", ".join(f"{part} {smi.most(*span):.2f}" for part, span in parts), end="; ")
+        print("ended after s:", ", ".join(f"{part} {float(when) - begin:.0f}" for part, when in marks), flush=True)
         if result.returncode:
             print(f"    FAILED ({result.returncode})\n{result.stderr[-3000:]}", flush=True)
             continue
@@ -185,7 +214,7 @@ def main(args: Args) -> None:
                 f"    step {line['step']}: {times['seconds']:.2f} s ({phases}); {line['tokens']} tokens, gap "
                 f"{line['mismatch_mean']:.1e} nats, zero variance {line['zero_variance']:.2f}", flush=True,
             )  # fmt: skip
-        print(f"    {wall:.0f} s from the process's start to its end", flush=True)
+        print(f"    {end - begin:.0f} s from the process's start to its end", flush=True)
 
 
 if __name__ == "__main__":
