@@ -171,7 +171,7 @@ def test_gradient(backend, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ptx_of_the_lookup(dtype):
     """Executes the PTX for every 16-bit half of a word, and compares bit for bit with the table."""
-    scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE
+    scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE[dtype]
     word = (np.arange(2**16) | np.random.default_rng(0).permutation(2**16) << 16).astype(np.uint32)
     outputs = run_ptx(nf4.lookup_ptx(dtype, scale), word, 2 * dtype.itemsize)
     table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype)
@@ -189,10 +189,10 @@ def test_ptx_of_the_scaled_lookup(which):
     random = np.random.default_rng(0)
     word = random.integers(0, 2**32, 4096, dtype=np.uint32)
     scales = (random.random((4096, 2)) * 2.0 ** random.integers(-12, 15, (4096, 2))).astype(np.float16)
-    source = nf4.lookup_ptx(torch.float16, nf4.TABLE_SCALE, which)
+    source = nf4.lookup_ptx(torch.float16, nf4.TABLE_SCALE[torch.float16], which)
     outputs = run_ptx(source, word, 4, {"$5": scales.view(np.uint32)[:, 0]})
     values = np.stack(outputs, -1).view(np.float16)  # [4096, 8], k = 0..7
-    table = (np.array(nf4.NF4) * nf4.TABLE_SCALE).astype(np.float16)
+    table = (np.array(nf4.NF4) * nf4.TABLE_SCALE[torch.float16]).astype(np.float16)
     for i in range(4):
         byte = word >> (8 * i) & 255
         for odd, codes in enumerate((byte >> 4, byte & 15)):
@@ -236,14 +236,16 @@ def run_ptx(source: str, word: np.ndarray, outputs: int, more: dict[str, np.ndar
     return [registers[f"${i}"] for i in range(outputs)]
 
 
-def test_table_rounds_better_than_dequantising():
-    """The bfloat16 table's error, weighted as the codes of Gaussian weights, is half of that of rounding products."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_table_rounds_better_than_dequantising(dtype):
+    """The table's error, weighted as the codes of Gaussian weights, is half of that of rounding products."""
     _, packed, absmax, state = problem(256, 1024, 1, nested=False)
     exact = nf4.nf4_dequantise_reference(packed, absmax, (256, 1024), torch.float64)
-    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * nf4.TABLE_SCALE).bfloat16().double() / nf4.TABLE_SCALE
+    scale = nf4.TABLE_SCALE[dtype]
+    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype).double() / scale
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1).view(-1, 64).int()
     ours = (table[codes] * absmax.double()[:, None]).view(256, 1024)
-    theirs = bitsandbytes_weight(packed, state, torch.bfloat16)
+    theirs = bitsandbytes_weight(packed, state, dtype)
     assert relative_error(ours, exact) < 0.55 * relative_error(theirs, exact)
 
 

