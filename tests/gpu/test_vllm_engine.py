@@ -48,8 +48,6 @@ class Pair:
 
     def __init__(self, folder) -> None:
         self.model = load_policy(str(folder), lora_rank=8, device=DEVICE)
-        torch.cuda.empty_cache()
-        self.limit = used_gb() + ROOM_GB if ON_GPU else None
         self.engine = None
         self.remake()
 
@@ -60,6 +58,9 @@ class Pair:
 
     def remake(self, **settings) -> VLLMEngine:
         self.close()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+        self.limit = used_gb() + ROOM_GB if ON_GPU else None
         self.engine = make_engine(self.model, gpu_memory_gb=self.limit, **settings)
         return self.engine
 
