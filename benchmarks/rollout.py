@@ -257,7 +257,7 @@ def main(args: Args) -> None:
             short = Sampling(max_tokens=17)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                 engine.generate([prompt], args.group_size, short, seed=0)
-            print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
+            print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
 
     with stage("folder"), tempfile.TemporaryDirectory() as folder:
         engine.llm.wake_up()
