@@ -12,7 +12,6 @@ backward pass included. Errors are against float64 on a sample of rows, half of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import tyro
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton.testing import do_bench
 
-import grpo_kernels.linear_logprob as kernels
 from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
 
@@ -95,17 +93,6 @@ def ours(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, weight, targets: linear_logprob(x, weight, targets, **options)[0]
 
 
-def in_tiles(height: int, width: int, warps: int = 4, **options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Ours in other tiles of logits, rows by columns, and with as many warps a row (1024 columns or more)."""
-
-    def function(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        tile, shape = (min(len(x), height), width), (width, warps)
-        with mock.patch.multiple(kernels, _tile=lambda tokens, use: tile, _launch_shape=lambda logits: shape):
-            return linear_logprob(x, weight, targets, **options)[0]
-
-    return function
-
-
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What most trainers do: bf16 logits, upcast."""
     logits = (x @ weight.T).float()
@@ -157,10 +144,6 @@ METHODS: dict[str, tuple[Method, int]] = {
     "Liger fused linear GRPO": (liger, 2),
     "CCE": (from_logps(cce), 2),
     "ours, no gradient": (without_gradient(ours()), 1),
-    "no gradient, one reduction": (without_gradient(ours(_one_reduction=True)), 1),
-    "  the same, 8 warps": (without_gradient(in_tiles(4096, 2048, 8, _one_reduction=True)), 1),
-    "no gradient, 8192 x 1024": (without_gradient(in_tiles(8192, 1024)), 1),
-    "  and one reduction": (without_gradient(in_tiles(8192, 1024, _one_reduction=True)), 1),
     "plain, no gradient": (without_gradient(plain), 1),
     "CCE, no gradient": (without_gradient(cce), 1),
 }

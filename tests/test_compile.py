@@ -39,7 +39,6 @@ for narrow, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
     pointers = {"logits": "fp32", "narrow": narrow, "bias": bias, "targets": "i64"}
     integers = "logits_stride narrow_stride state_stride data_stride start width hidden_size"
     for kernel, accumulator in (
-        (linear_logprob._softmax_step_kernel, None),
         (linear_logprob._softmax_step_kernel, "fp32"),
         (linear_logprob._sums_step_kernel, None),
         (linear_logprob._gradient_step_kernel, None),

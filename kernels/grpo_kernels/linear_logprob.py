@@ -54,7 +54,6 @@ def linear_logprob(
     grad_rows: Tensor | None = None,
     low_memory: bool = False,
     backend: Literal["triton", "torch"] | None = None,
-    _one_reduction: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each row's distribution, from hidden states.
 
@@ -70,7 +69,6 @@ def linear_logprob(
             saved. For rows of zero advantage where nothing else (KL, entropy bonus) gives a gradient. None: all.
         low_memory: keep nothing of [tokens, hidden] for the backward pass: the logits are made again there.
         backend: None picks Triton row kernels on CUDA, torch elsewhere.
-        _one_reduction: a row kernel for rows without gradient that is still to be measured (benchmarks/loss.py).
 
     Returns:
         logps: [tokens] float32, nats.
@@ -85,9 +83,7 @@ def linear_logprob(
         backend = "triton" if usable and hidden.is_cuda else "torch"
     elif backend not in ("triton", "torch") or (backend == "triton" and not usable):
         raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton, not for float64), 'torch' or None")
-    options = _Options(
-        LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad, _one_reduction
-    )
+    options = _Options(LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad)
     return _LinearLogprob.apply(hidden, weight, bias, targets, grad_rows, options)
 
 
@@ -152,7 +148,6 @@ class _Options(NamedTuple):
     kernels: bool  # Triton row kernels rather than torch row steps
     recompute: bool  # the logits again in the backward pass, rather than a gradient factor kept
     entropy_grad: bool
-    one_reduction: bool
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -506,7 +501,7 @@ def _softmax_step_triton(
 ) -> Tensor:
     rows, width = logits.shape
     block, warps = _launch_shape(logits)
-    if accumulator is None and options.one_reduction:
+    if accumulator is None:
         _sums_step_kernel[(rows,)](
             *(logits, bias, targets, state, logits.stride(0), state.stride(0), start, width, options.scale),
             SOFTCAP=options.softcap,
@@ -516,7 +511,7 @@ def _softmax_step_triton(
         return narrow
     _softmax_step_kernel[(rows,)](
         *(logits, narrow, bias, targets, state, accumulator),
-        *(logits.stride(0), narrow.stride(0), state.stride(0), 0 if accumulator is None else accumulator.shape[1]),
+        *(logits.stride(0), narrow.stride(0), state.stride(0), accumulator.shape[1]),
         *(start, width, options.scale, _half_range(narrow)),
         SOFTCAP=options.softcap,
         BLOCK=block,
@@ -561,6 +556,18 @@ if triton is not None:
         return raw * scale, slope
 
     @triton.jit
+    def _load_row(logits_ptr, columns, valid, target_ptr, start, width):
+        """A row of raw logits; the target's column in the tile, whether it is inside, and its raw logit."""
+        raw = tl.load(logits_ptr + columns, mask=valid, other=-float("inf"))
+        target = tl.load(target_ptr).to(tl.int32) - start
+        inside = (target >= 0) & (target < width)
+        return raw, target, inside, tl.load(logits_ptr + target, mask=inside, other=0.0)
+
+    @triton.jit
+    def _load_state(state_ptr, stride):
+        return tl.load(state_ptr), tl.load(state_ptr + stride), tl.load(state_ptr + 2 * stride)
+
+    @triton.jit
     def _softmax_step_kernel(
         logits_ptr, narrow_ptr, bias_ptr, targets_ptr, state_ptr, accumulator_ptr,
         logits_stride, narrow_stride, state_stride, hidden_size, start, width, scale, half_range,
@@ -571,20 +578,17 @@ if triton is not None:
             total    = decay total + sum_j 2^(z_j - m)
             weighted = decay (weighted + total_old (m_old - m)) + sum_j 2^(z_j - m) (z_j - m)      j != target
 
-        With an accumulator: also leave 2^(z_j - m) cap'_j in the tile (0 for the target), and bring the row of the
-        accumulator, which sums such powers times W_j, from the old maximum to the new one.
+        Leave 2^(z_j - m) cap'_j in the tile (0 for the target), and bring the row of the accumulator, which sums such
+        powers times W_j, from the old maximum to the new one.
         """
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
-        raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=-float("inf"))
-        target = tl.load(targets_ptr + row).to(tl.int32) - start
-        inside = (target >= 0) & (target < width)
-        raw_target = tl.load(logits_ptr + row * logits_stride + target, mask=inside, other=0.0)
+        raw, target, inside, raw_target = _load_row(
+            logits_ptr + row * logits_stride, columns, valid, targets_ptr + row, start, width
+        )
         state = state_ptr + row
-        old = tl.load(state)
-        total = tl.load(state + state_stride)
-        weighted = tl.load(state + 2 * state_stride)
+        old, total, weighted = _load_state(state, state_stride)
 
         z, slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
         z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
@@ -599,15 +603,14 @@ if triton is not None:
         if inside:
             z_target, _ = _scale(raw_target, bias_ptr, start + target, inside, scale, SOFTCAP)
             tl.store(state + 3 * state_stride, z_target)
-        if accumulator_ptr is not None:
-            powers = (powers * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
-            tl.debug_barrier()  # all of the row is read before its first half is overwritten
-            tl.store(narrow_ptr + row * narrow_stride + columns, powers, mask=valid)
-            if (decay < 1) & (start > 0):  # the first tile's product overwrites the accumulator
-                for first in range(0, hidden_size, BLOCK):
-                    pointers = accumulator_ptr + row * hidden_size + first + columns
-                    within = first + columns < hidden_size
-                    tl.store(pointers, decay * tl.load(pointers, mask=within), mask=within)
+        powers = (powers * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
+        tl.debug_barrier()  # all of the row is read before its first half is overwritten
+        tl.store(narrow_ptr + row * narrow_stride + columns, powers, mask=valid)
+        if (decay < 1) & (start > 0):  # the first tile's product overwrites the accumulator
+            for first in range(0, hidden_size, BLOCK):
+                pointers = accumulator_ptr + row * hidden_size + first + columns
+                within = first + columns < hidden_size
+                tl.store(pointers, decay * tl.load(pointers, mask=within), mask=within)
 
     @triton.jit
     def _fold(maximum, total, weighted, other_maximum, other_total, other_weighted):
@@ -625,7 +628,7 @@ if triton is not None:
         logits_ptr, bias_ptr, targets_ptr, state_ptr, logits_stride, state_stride, start, width, scale,
         SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """`_softmax_step_kernel` without an accumulator, and without waiting for the tile's maximum before the sums.
+        """`_softmax_step_kernel` for rows without gradient: it does not wait for the tile's maximum before the sums.
 
         They are relative to the state's `maximum` of the tiles before, which here may lie up to 8 bits below the true
         one. Only where a tile rises further (most rows: never; a confident one: at its target) is the row done again.
@@ -633,14 +636,11 @@ if triton is not None:
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
-        raw = tl.load(logits_ptr + row * logits_stride + columns, mask=valid, other=-float("inf"))
-        target = tl.load(targets_ptr + row).to(tl.int32) - start
-        inside = (target >= 0) & (target < width)
-        raw_target = tl.load(logits_ptr + row * logits_stride + target, mask=inside, other=0.0)
+        raw, target, inside, raw_target = _load_row(
+            logits_ptr + row * logits_stride, columns, valid, targets_ptr + row, start, width
+        )
         state = state_ptr + row
-        old = tl.load(state)
-        total = tl.load(state + state_stride)
-        weighted = tl.load(state + 2 * state_stride)
+        old, total, weighted = _load_state(state, state_stride)
 
         z, _slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
         z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
