@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig
 
 from grpo.memory import GIB, Dims, dims
-from grpo_rollout.sizing import KV_BLOCK, engine_sizes, kv_bytes_per_token, working_bytes
+from grpo_rollout.sizing import KV_BLOCK, captured_batches, engine_sizes, kv_bytes_per_token, working_bytes
 
 LLAMA_8B = Dims(layers=32, hidden=4096, intermediate=14336, kv_heads=8, head_dim=128, vocab=128_256)
 
@@ -108,3 +108,18 @@ def test_never_over_the_limit_and_always_room_for_each_sequence(free, prompt, co
     assert 1 <= made.max_num_seqs <= sequences
     assert made.kv_tokens >= made.max_num_seqs * (prompt + completion)
     assert made.max_num_batched_tokens >= made.max_num_seqs  # a decode step fits one pass
+
+
+def test_captured_batches():
+    assert captured_batches(1) == [1]
+    assert captured_batches(6) == [1, 2, 4, 6]  # a group of 6 runs in a graph, not without one
+    assert captured_batches(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert captured_batches(300) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 300]
+
+
+@given(st.integers(1, 2000))
+def test_every_batch_is_captured_and_padded_to_less_than_twice_its_size(sequences):
+    sizes = captured_batches(sequences)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == sequences
+    assert all(big < 2 * (small + 1) for small, big in zip(sizes, sizes[1:]))

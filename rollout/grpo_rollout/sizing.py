@@ -49,6 +49,18 @@ def allowed_bytes(total_bytes: int, budget_bytes: int | None) -> int:
     return int(total_bytes * 0.97) if budget_bytes is None else budget_bytes
 
 
+def captured_batches(sequences: int) -> list[int]:
+    """Sequences of the decode steps that are captured as CUDA graphs: each step runs in the next larger one.
+
+    `sequences`, the most there are, is always the last: a step above it would run without a graph, many times as slow.
+    Few in between, as each costs seconds at the start: 1, 2, 4, 8, then where the NF4 product's tiles end (16, 32, 64,
+    ...) and once halfway."""
+    sizes = [1, 2, 4, 8, 16]
+    while sizes[-1] < sequences:
+        sizes += [3 * sizes[-1] // 2, 2 * sizes[-1]]
+    return [size for size in sizes if size < sequences] + [sequences]
+
+
 def engine_sizes(
     model: Dims,
     *,

