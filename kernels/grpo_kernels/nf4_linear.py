@@ -19,9 +19,12 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
   way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
+- A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts of K without atomics; the program that
+  writes a tile of y adds the parts, rounds them to x's dtype, and multiplies them by its rows of B into its fp32 sums.
 """
 
 import functools
+import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +58,14 @@ class NestedAbsmax(NamedTuple):
     code: Tensor  # [256] float32
     absmax: Tensor  # [ceil(N * K / 64 / 256)] float32
     offset: Tensor  # [] or [ceil(N * K / 64 / 256)] float32
+
+
+class Lora(NamedTuple):
+    """An adapter of the product: y gains x A_0^T B_0^T in W's first rows, x A_1^T B_1^T in the next slice of rows, ..."""
+
+    a: Tensor  # [slices * rank, K] contiguous, x's dtype: the slices' A one below the other
+    b: Tensor  # [N, rank] contiguous, x's dtype, the scaling (alpha / rank) multiplied in
+    ends: tuple[int, ...]  # the row of W at which each slice ends, the last N: (N,), or (4096, 5120, 6144) for q, k, v
 
 
 def absmax_of(quant_state: Any) -> Tensor | NestedAbsmax:
@@ -91,9 +102,10 @@ def nf4_linear(
     shape: tuple[int, int],
     bias: Tensor | None = None,
     *,
+    lora: Lora | None = None,
     backend: Literal["fused", "dequantise", "torch"] | None = None,
 ) -> Tensor:
-    """x W^T + bias for a frozen NF4 weight. Differentiable in x and bias.
+    """x W^T + bias for a frozen NF4 weight, and an adapter's product. Differentiable in x and bias without lora.
 
     Args:
         x: [..., K] bfloat16, float16 or float32, any strides. float32 is never computed by the fused kernel.
@@ -101,6 +113,9 @@ def nf4_linear(
         absmax: [N * K / 64] floating point, contiguous, or a `NestedAbsmax`, decoded in the kernel.
         shape: (N, K), the weight's. K must be a multiple of 64.
         bias: [N], or None.
+        lora: an adapter (https://arxiv.org/abs/2106.09685) whose product is added; forward only. The fused kernel does
+            it in passing up to rank 64, three slices, and slices that end at multiples of its tile of W's rows (64);
+            other adapters, and other paths, take two small products a slice in torch.
         backend: None picks by device, dtype and rows: "fused" (Triton; 16-bit x, K a multiple of 256), "dequantise"
             (by a Triton kernel, then the vendor's product) or "torch" (everything in torch).
 
@@ -108,9 +123,11 @@ def nf4_linear(
         [..., N], dtype of x.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names it.
+        ValueError: a shape, dtype or device does not fit, or a gradient is asked for with lora; the message says which.
     """
     _check(x, packed, absmax, shape, bias)
+    if lora is not None:
+        _check_lora(x, shape, bias, lora)
     rows = math.prod(x.shape[:-1])
     if backend is None:
         backend = _choose(x, rows, shape[1])
@@ -119,14 +136,30 @@ def nf4_linear(
     elif backend == "fused" and (x.dtype == torch.float32 or shape[1] % 256):
         raise ValueError(f"backend 'fused' needs a 16-bit x and K a multiple of 256, not {x.dtype}, K = {shape[1]}")
     flat = x.reshape(rows, shape[1])
-    return _NF4Linear.apply(flat, packed, absmax, shape, bias, backend).view(*x.shape[:-1], shape[0])
+    if lora is None:
+        y = _NF4Linear.apply(flat, packed, absmax, shape, bias, backend)
+    elif backend == "fused":
+        y = _fused(flat, packed, absmax, shape, bias, lora=lora)
+    else:
+        y = _add_lora(_NF4Linear.apply(flat, packed, absmax, shape, bias, backend), flat, lora)
+    return y.view(*x.shape[:-1], shape[0])
 
 
 def nf4_linear_reference(
-    x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The same by plain torch, with the weight in x's dtype (float64 included)."""
-    return F.linear(x, nf4_dequantise_reference(packed, absmax, shape, x.dtype), bias)
+    y = F.linear(x, nf4_dequantise_reference(packed, absmax, shape, x.dtype), bias)
+    if lora is None:
+        return y
+    starts = (0, *lora.ends)
+    adapters = zip(lora.a.chunk(len(lora.ends)), (lora.b[i:j] for i, j in itertools.pairwise(starts)))
+    return y + torch.cat([F.linear(F.linear(x, a), b) for a, b in adapters], -1)
 
 
 def nf4_dequantise_reference(
@@ -236,6 +269,32 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one")
 
 
+def _check_lora(x: Tensor, shape: tuple[int, int], bias: Tensor | None, lora: Lora) -> None:
+    n, k = shape
+    ends = lora.ends
+    if not ends or ends[-1] != n or any(i >= j for i, j in itertools.pairwise((0, *ends))):
+        raise ValueError(f"lora.ends is {ends}, must be the rows of W at which slices end, rising, the last N = {n}")
+    rank = lora.b.shape[-1] if lora.b.dim() else 0
+    for name, tensor, size in (("a", lora.a, [len(ends) * rank, k]), ("b", lora.b, [n, rank])):
+        if list(tensor.shape) != size or not rank or not tensor.is_contiguous():
+            meaning = "[slices * rank, K]" if name == "a" else "[N, rank]"
+            raise ValueError(f"lora.{name} is {list(tensor.shape)}, must be contiguous {meaning} = {size}")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"lora.{name} is {tensor.dtype}, x {x.dtype}: cast one")
+        if tensor.device != x.device:
+            raise ValueError(f"lora.{name} is on {tensor.device}, x on {x.device}: move one")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora.a, lora.b)):
+        raise ValueError("nf4_linear with lora has no gradient: call it under torch.no_grad(), or add the adapter outside")
+
+
+def _add_lora(y: Tensor, x: Tensor, lora: Lora) -> Tensor:
+    """y with the adapter's product added in place: two products a slice."""
+    adapters = zip(lora.a.chunk(len(lora.ends)), itertools.pairwise((0, *lora.ends)))
+    for a, (start, end) in adapters:
+        y[:, start:end].addmm_(x @ a.T, lora.b[start:end].T)
+    return y
+
+
 FUSED_ROWS = 256
 """rows of x up to which the fused kernel is faster than chunks (H100, docs/performance.md)"""
 CHUNK_BYTES = 256 << 20
@@ -343,7 +402,27 @@ def _scale_arguments(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+SHRINK_BLOCK = 128
+"""columns of x that a step of the product with A takes"""
+
+
+def _lora_fits(lora: Lora, n_tile: int) -> bool:
+    """Whether the fused kernel can add it: a tile of W's rows lies in one slice, and the rank in registers."""
+    return lora.b.shape[1] <= 64 and len(lora.ends) <= 3 and not any(end % n_tile for end in lora.ends[:-1])
+
+
+def _shrink_splits(tiles: int, rows: int, k: int, multiprocessors: int) -> tuple[int, int]:
+    """(blocks of columns a program, programs that share the sum over k) for x A^T. tiles: row blocks times slices.
+
+    About 512 columns a program, so that it is as short as the permutation beside it; fewer parts where rows are many,
+    as every program of the product reads all of them (rows: of its tile)."""
+    blocks = k // SHRINK_BLOCK
+    splits = max(1, min(-(-blocks // 4), 16 if rows <= 64 else 8, multiprocessors // tiles))
+    share = -(-blocks // splits)
+    return share, -(-blocks // share)
 
 
 def _fused(
@@ -353,6 +432,7 @@ def _fused(
     shape: tuple[int, int],
     bias: Tensor | None,
     tiles: Tiles | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """x: [rows, K], 16-bit. tiles: None chooses."""
     n, k = shape
@@ -363,8 +443,10 @@ def _fused(
         scaled = len(x) >= SCALED_FROM and x.dtype == torch.bfloat16
         # Up to four scales are loaded at once.
         scaled = scaled and isinstance(absmax, NestedAbsmax) and absmax.quantised.data_ptr() % 4 == 0
-        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device) if x.is_cuda else 4, scaled)
+        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device), scaled)
         tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
+    if lora is not None and not _lora_fits(lora, tiles.n):
+        return _add_lora(_fused(x, packed, absmax, shape, bias, tiles), x, lora)
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
     width = triton.next_power_of_2(k) if tiles.scaled else 1024
@@ -377,9 +459,28 @@ def _fused(
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
     registers = {"maxnreg": tiles.registers} if tiles.registers else {}
-    _permute_kernel[(len(permuted), triton.cdiv(k, width))](
+    grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
+    shrink: dict[str, Any] = {}
+    expand: dict[str, Any] = {}
+    if lora is not None:
+        rank, slices = lora.b.shape[1], len(lora.ends)
+        rank_tile, height = max(16, triton.next_power_of_2(rank)), min(max(tiles.rows, 16), 64)
+        row_blocks = triton.cdiv(len(permuted), height)
+        share, splits = _shrink_splits(row_blocks * slices, tiles.rows, k, _multiprocessors(x.device))
+        shrunk = torch.empty(splits, row_blocks * height, slices * rank_tile, dtype=torch.float32, device=x.device)
+        common = {
+            "shrunk_ptr": shrunk, "shrunk_rows": shrunk.shape[1], "slices": slices, "RANK": rank, "RANK_TILE": rank_tile
+        }  # fmt: skip
+        shrink = common | {
+            "a_ptr": lora.a, "shrink_programs": splits * row_blocks * slices, "share": share, "SHRINK_ROWS": height,
+            "EMULATED": not x.is_cuda,
+        }  # fmt: skip
+        first, second = (*lora.ends, n, n)[:2]
+        expand = common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
+        grid = (splits * row_blocks * slices + grid[0] * grid[1],)
+    _permute_kernel[grid](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), len(x), k,
-        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl,
+        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
@@ -387,7 +488,7 @@ def _fused(
         row_scale, _emulation_table(permuted.dtype, TABLE_SCALE[permuted.dtype], x.device),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE[permuted.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
-        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl,
+        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, **expand,
         num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
     )  # fmt: skip
     return y
@@ -444,6 +545,7 @@ def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> 
 
 
 if triton is not None:
+    _SHRINK_BLOCK = tl.constexpr(SHRINK_BLOCK)
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16]))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16]))
     _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=0))
@@ -590,20 +692,18 @@ if triton is not None:
             bound = tl.maximum(bound, code * tl.abs(tl.load(outer_ptr + index)) + tl.abs(offset))
         return bound
 
-    @triton.jit(do_not_specialize=["rows", "counters"])
-    def _permute_kernel(
+    @triton.jit
+    def _permute(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
-        WIDTH: tl.constexpr, PDL: tl.constexpr,
+        row, block, row_blocks, programs,
+        WIDTH: tl.constexpr,
     ):  # fmt: skip
         """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
 
-        With row_scale_ptr, out is float16 and a row is divided by a power of two, kept there, that brings its largest
-        |x| into [2^14, 2^15): exact for bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        row = tl.program_id(0)
-        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        A program takes WIDTH columns of a row, one of row_blocks such blocks. With row_scale_ptr, out is float16 and a
+        row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for bfloat16
+        |x| above 2^-31 of it. A program then takes a whole row."""
+        column = block * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
         x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
         if row_scale_ptr is not None:
@@ -613,19 +713,100 @@ if triton is not None:
         x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
         if counters_ptr is not None:
-            programs = tl.num_programs(0) * tl.num_programs(1)
-            first = (row * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+            first = (row * row_blocks + block) * WIDTH
             for start in range(first, counters, programs * WIDTH):
                 index = start + tl.arange(0, WIDTH)
                 tl.store(counters_ptr + index, tl.zeros((WIDTH,), tl.int32), mask=index < counters)
 
-    @triton.jit(do_not_specialize=["rows", "row_tiles"])  # one program for every batch size
+    @triton.jit
+    def _shrink(
+        x_ptr, row_stride, stride, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
+        RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EMULATED: tl.constexpr,
+    ):  # fmt: skip
+        """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, in float32; zero
+        where row or r pads. One [ROWS, RANK_TILE] tile of it a program."""
+        which = program % slices
+        program = program // slices
+        row_blocks = shrunk_rows // ROWS
+        split = program // row_blocks
+        row = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
+        rank = tl.arange(0, RANK_TILE)
+        column = tl.arange(0, BLOCK)
+        x_pointers = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :] * stride
+        a_pointers = a_ptr + (which * RANK + rank)[None, :] * columns + column[:, None]
+        accumulator = tl.zeros((ROWS, RANK_TILE), tl.float32)
+        for block in range(split * share, tl.minimum((split + 1) * share, columns // BLOCK)):
+            x = tl.load(x_pointers + block * BLOCK * stride, mask=(row < rows)[:, None], other=0.0)
+            a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, :], other=0.0)
+            if EMULATED:  # the interpreter's products of bfloat16 are wrong
+                accumulator = tl.dot(x.to(tl.float32), a.to(tl.float32), accumulator, input_precision="ieee")
+            else:
+                accumulator = tl.dot(x, a, accumulator)
+        out = (split * shrunk_rows + row).to(tl.int64)[:, None] * slices * RANK_TILE + (which * RANK_TILE + rank)[None, :]
+        tl.store(shrunk_ptr + out, accumulator)
+
+    @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
+    def _permute_kernel(
+        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+        WIDTH: tl.constexpr, PDL: tl.constexpr,
+        a_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None, slices=None, share=None,
+        RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
+        EMULATED: tl.constexpr = False,
+    ):  # fmt: skip
+        """What the product needs made from x: `_permute` and, by the first programs, an adapter's `_shrink`."""
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        if a_ptr is None:
+            _permute(
+                x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+                tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * tl.num_programs(1), WIDTH,
+            )  # fmt: skip
+        else:
+            program = tl.program_id(0)
+            if program < shrink_programs:
+                _shrink(
+                    x_ptr, row_stride, stride, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
+                    RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
+                )  # fmt: skip
+            else:
+                program -= shrink_programs
+                row_blocks = tl.cdiv(columns, WIDTH)
+                _permute(
+                    x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+                    program // row_blocks, program % row_blocks, row_blocks, tl.num_programs(0) - shrink_programs, WIDTH,
+                )  # fmt: skip
+
+    @triton.jit
+    def _expand(
+        y, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, table_ptr,
+        DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    ):  # fmt: skip
+        """y + B s^T, [N_TILE, ROW_TILE] float32: s the sum of the parts of x A^T, rounded to DTYPE."""
+        rank = tl.arange(0, RANK_TILE)
+        which = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
+        pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE + (which * RANK_TILE + rank)[:, None]
+        step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
+        s = tl.load(pointers, cache_modifier=".cg")
+        for i in range(1, shrink_splits):
+            s += tl.load(pointers + i * step, cache_modifier=".cg")
+        b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
+        if table_ptr is None:
+            return tl.dot(b, s.to(DTYPE), y)
+        else:
+            return tl.dot(b.to(tl.float32), s.to(DTYPE).to(tl.float32), y, input_precision="ieee")
+
+    @triton.jit(  # one program for every batch size, and for every product of a model
+        do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
+    )
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
         counters_ptr, row_scale_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr,
+        b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
+        RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded.
 
@@ -735,6 +916,11 @@ if triton is not None:
                 y = y * tl.load(row_scale_ptr + row)[None, :] * _power_of_two(exponent - 14)[:, None]
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+            if b_ptr is not None:
+                y = _expand(
+                    y, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
+                    table_ptr, y_ptr.dtype.element_ty, RANK, RANK_TILE,
+                )  # fmt: skip
             column = n_start + tl.arange(0, N_TILE)
             inside = (row < rows)[None, :] & (column < N)[:, None]
             tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
