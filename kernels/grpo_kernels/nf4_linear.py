@@ -19,8 +19,8 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
   way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
-- A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts of K without atomics; the program that
-  writes a tile of y adds the parts, rounds them to x's dtype, and multiplies them by its rows of B into its fp32 sums.
+- A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts over k without atomics. The program
+  that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B in fp32.
 """
 
 import functools
@@ -61,7 +61,7 @@ class NestedAbsmax(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """An adapter of the product: y gains x A_0^T B_0^T in W's first rows, x A_1^T B_1^T in the next slice of rows, ..."""
+    """An adapter: to y's first columns is added x A_0^T B_0^T, to the next slice of them x A_1^T B_1^T, ..."""
 
     a: Tensor  # [slices * rank, K] contiguous, x's dtype: the slices' A one below the other
     b: Tensor  # [N, rank] contiguous, x's dtype, the scaling (alpha / rank) multiplied in
@@ -284,7 +284,9 @@ def _check_lora(x: Tensor, shape: tuple[int, int], bias: Tensor | None, lora: Lo
         if tensor.device != x.device:
             raise ValueError(f"lora.{name} is on {tensor.device}, x on {x.device}: move one")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora.a, lora.b)):
-        raise ValueError("nf4_linear with lora has no gradient: call it under torch.no_grad(), or add the adapter outside")
+        raise ValueError(
+            "nf4_linear has no gradient with lora: call it under torch.no_grad(), or add the adapter after it"
+        )
 
 
 def _add_lora(y: Tensor, x: Tensor, lora: Lora) -> Tensor:
@@ -414,13 +416,15 @@ def _lora_fits(lora: Lora, n_tile: int) -> bool:
     return lora.b.shape[1] <= 64 and len(lora.ends) <= 3 and not any(end % n_tile for end in lora.ends[:-1])
 
 
-def _shrink_splits(tiles: int, rows: int, k: int, multiprocessors: int) -> tuple[int, int]:
+def _shrink_splits(tiles: int, rows: int, k: int, rank: int, multiprocessors: int) -> tuple[int, int]:
     """(blocks of columns a program, programs that share the sum over k) for x A^T. tiles: row blocks times slices.
 
-    About 512 columns a program, so that it is as short as the permutation beside it; fewer parts where rows are many,
-    as every program of the product reads all of them (rows: of its tile)."""
+    512 columns a program, so that it is about as short as the permutation beside it, but no more parts than the
+    programs of the product, which each read all parts of their rows (a tile of so many), can spare: few percent of
+    what they read of x."""
     blocks = k // SHRINK_BLOCK
-    splits = max(1, min(-(-blocks // 4), 16 if rows <= 64 else 8, multiprocessors // tiles))
+    most = max(2, k // (max(32, rows // 2) * rank))
+    splits = max(1, min(-(-blocks // 4), 16, most, 2 * multiprocessors // tiles))
     share = -(-blocks // splits)
     return share, -(-blocks // share)
 
@@ -464,16 +468,17 @@ def _fused(
     expand: dict[str, Any] = {}
     if lora is not None:
         rank, slices = lora.b.shape[1], len(lora.ends)
-        rank_tile, height = max(16, triton.next_power_of_2(rank)), min(max(tiles.rows, 16), 64)
+        rank_tile = max(16, triton.next_power_of_2(rank))
+        height = 32 if tiles.rows > 16 and rank_tile <= 32 else 16
         row_blocks = triton.cdiv(len(permuted), height)
-        share, splits = _shrink_splits(row_blocks * slices, tiles.rows, k, _multiprocessors(x.device))
+        share, splits = _shrink_splits(row_blocks * slices, tiles.rows, k, rank_tile, _multiprocessors(x.device))
         shrunk = torch.empty(splits, row_blocks * height, slices * rank_tile, dtype=torch.float32, device=x.device)
         common = {
             "shrunk_ptr": shrunk, "shrunk_rows": shrunk.shape[1], "slices": slices, "RANK": rank, "RANK_TILE": rank_tile
         }  # fmt: skip
         shrink = common | {
             "a_ptr": lora.a, "shrink_programs": splits * row_blocks * slices, "share": share, "SHRINK_ROWS": height,
-            "EMULATED": not x.is_cuda,
+            "EMULATED": not x.is_cuda, "num_stages": 5 if height == rank_tile == 16 else 3,
         }  # fmt: skip
         first, second = (*lora.ends, n, n)[:2]
         expand = common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
@@ -723,7 +728,7 @@ if triton is not None:
         x_ptr, row_stride, stride, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
         RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EMULATED: tl.constexpr,
     ):  # fmt: skip
-        """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, in float32; zero
+        """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, float32; zero
         where row or r pads. One [ROWS, RANK_TILE] tile of it a program."""
         which = program % slices
         program = program // slices
@@ -731,19 +736,20 @@ if triton is not None:
         split = program // row_blocks
         row = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
         rank = tl.arange(0, RANK_TILE)
-        column = tl.arange(0, BLOCK)
-        x_pointers = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :] * stride
-        a_pointers = a_ptr + (which * RANK + rank)[None, :] * columns + column[:, None]
-        accumulator = tl.zeros((ROWS, RANK_TILE), tl.float32)
+        # A warp would go through all columns, one product waiting for the other: so each has a quarter of a block.
+        column = tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+        x_pointers = x_ptr + row.to(tl.int64)[None, :, None] * row_stride + column[:, None, :] * stride
+        a_pointers = a_ptr + (which * RANK + rank)[None, None, :] * columns + column[:, :, None]
+        accumulator = tl.zeros((4, ROWS, RANK_TILE), tl.float32)
         for block in range(split * share, tl.minimum((split + 1) * share, columns // BLOCK)):
-            x = tl.load(x_pointers + block * BLOCK * stride, mask=(row < rows)[:, None], other=0.0)
-            a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, :], other=0.0)
+            x = tl.load(x_pointers + block * BLOCK * stride, mask=(row < rows)[None, :, None], other=0.0)
+            a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, None, :], other=0.0)
             if EMULATED:  # the interpreter's products of bfloat16 are wrong
                 accumulator = tl.dot(x.to(tl.float32), a.to(tl.float32), accumulator, input_precision="ieee")
             else:
                 accumulator = tl.dot(x, a, accumulator)
-        out = (split * shrunk_rows + row).to(tl.int64)[:, None] * slices * RANK_TILE + (which * RANK_TILE + rank)[None, :]
-        tl.store(shrunk_ptr + out, accumulator)
+        pointers = shrunk_ptr + (split * shrunk_rows + row).to(tl.int64)[:, None] * slices * RANK_TILE
+        tl.store(pointers + (which * RANK_TILE + rank)[None, :], tl.sum(accumulator, 0))
 
     @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
     def _permute_kernel(
@@ -774,8 +780,18 @@ if triton is not None:
                 row_blocks = tl.cdiv(columns, WIDTH)
                 _permute(
                     x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
-                    program // row_blocks, program % row_blocks, row_blocks, tl.num_programs(0) - shrink_programs, WIDTH,
+                    program // row_blocks, program % row_blocks, row_blocks, tl.num_programs(0) - shrink_programs,
+                    WIDTH,
                 )  # fmt: skip
+
+    @triton.jit
+    def _prefetch_rows(b_ptr, n, RANK: tl.constexpr, RANK_TILE: tl.constexpr):
+        """Rows n of B on their way to the L2 cache."""
+        column = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)  # of 32 bytes each
+        address = (b_ptr + n.to(tl.int64)[:, None] * RANK + column[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
     @triton.jit
     def _expand(
@@ -783,18 +799,26 @@ if triton is not None:
         DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
     ):  # fmt: skip
         """y + B s^T, [N_TILE, ROW_TILE] float32: s the sum of the parts of x A^T, rounded to DTYPE."""
-        rank = tl.arange(0, RANK_TILE)
         which = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
-        pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE + (which * RANK_TILE + rank)[:, None]
         step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
-        s = tl.load(pointers, cache_modifier=".cg")
-        for i in range(1, shrink_splits):
-            s += tl.load(pointers + i * step, cache_modifier=".cg")
-        b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
-        if table_ptr is None:
-            return tl.dot(b, s.to(DTYPE), y)
-        else:
-            return tl.dot(b.to(tl.float32), s.to(DTYPE).to(tl.float32), y, input_precision="ieee")
+        # More ranks, or more loads under way, would spill registers.
+        PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (y.shape[0] * y.shape[1])))
+        AT_ONCE: tl.constexpr = min(8, 256 // y.shape[1]) if y.shape[1] <= 64 else 1
+        for first in tl.static_range(0, RANK_TILE, PART):
+            rank = first + tl.arange(0, PART)
+            b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
+            pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE + (which * RANK_TILE + rank)[:, None]
+            s = tl.zeros((PART, row.shape[0]), tl.float32)
+            for part in range(0, shrink_splits, AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    inside = part + i < shrink_splits
+                    s += tl.load(pointers + (part + i) * step, mask=inside, other=0.0, cache_modifier=".cg")
+            s = s.to(DTYPE)
+            if table_ptr is None:
+                y = tl.dot(b, s, y)
+            else:
+                y = tl.dot(b.to(tl.float32), s.to(tl.float32), y, input_precision="ieee")
+        return y
 
     @triton.jit(  # one program for every batch size, and for every product of a model
         do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
@@ -816,12 +840,17 @@ if triton is not None:
         SCALED: tl.constexpr = row_scale_ptr is not None
         if PDL:
             gdc_launch_dependents()
-            if not SCALED:
+            if not SCALED and b_ptr is None:
                 gdc_wait()
         tile = tl.program_id(0)
         n_start = (tile // row_tiles) * N_TILE
         row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
         n = tl.minimum(n_start + tl.arange(0, N_TILE), N - 1)  # rows beyond N repeat the last and are not stored
+        if b_ptr is not None:
+            if table_ptr is None:
+                _prefetch_rows(b_ptr, n, RANK, RANK_TILE)
+            if PDL and not SCALED:
+                gdc_wait()
         blocks = K // 64
         groups = blocks // GROUP
         share = tl.cdiv(groups, tl.num_programs(1))
