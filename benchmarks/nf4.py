@@ -3,6 +3,7 @@
     python benchmarks/nf4.py                    # Llama 3.1 8B: 224 products, 1 to 2048 rows
     python benchmarks/nf4.py --check            # errors against float64 for the shapes of 1.5B to 70B models
     python benchmarks/nf4.py --joined           # q, k, v and gate, up joined, as the vLLM engine runs them
+    python benchmarks/nf4.py --joined --lora 16 # beside them ours with an adapter, fused and by two products a slice
     python benchmarks/nf4.py --tune --joined --rows 256 128 64   # tile sizes of the fused kernel, each shape alone
     python benchmarks/nf4.py --chunks           # chunk sizes of the path for many rows
 
@@ -11,6 +12,7 @@ so that the L2 cache serves none of them), replayed; the median is reported. Sca
 the codes and scales (bf16: the weights), each once.
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,8 @@ class Args:
     """times of many tile sizes instead: each shape alone, then the best of each in one graph"""
     joined: bool = False
     """q, k, v as one product and gate, up as one, as the vLLM engine runs them"""
+    lora: int | None = None
+    """rank of an adapter: two columns more, ours with it in passing and with its products in torch after ours"""
     scaled_from: int | None = None
     """rows from which the fused kernel scales its weights before the product; None: as nf4_linear has it"""
     seconds: float = 140
@@ -157,6 +161,35 @@ def products(weights: list[Weight], x: dict[int, Tensor], backend: str | None = 
     return run
 
 
+def slice_ends(args: Args, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Rows at which q, k, v or gate, up end in a product that joins them; (N,) of any other."""
+    single = MODELS[args.model][0]
+    if len(single) == 4:  # Phi-4, whose adapters are of the joined product
+        return (shape[0],)
+    for part in (single[:3], single[4:6]):
+        ends = tuple(itertools.accumulate(n for n, _ in part))
+        if args.joined and shape == (ends[-1], part[0][1]):
+            return ends
+    return (shape[0],)
+
+
+def random_lora(args: Args, shape: tuple[int, int]) -> nf4.Lora:
+    (n, k), ends = shape, slice_ends(args, shape)
+    a = torch.randn(len(ends) * args.lora, k, device=DEVICE) / k**0.5
+    return nf4.Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends)
+
+
+def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[nf4.Lora], fused: bool) -> Callable[[], None]:
+    def run():
+        for w, lora in zip(weights, loras):
+            rows = x[w.shape[1]]
+            y = nf4.nf4_linear(rows, w.packed, w.absmax, w.shape, lora=lora if fused else None)
+            if not fused:
+                nf4._add_lora(y, rows, lora)
+
+    return run
+
+
 def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], nf4.Tiles]) -> Callable[[], None]:
     """tiles: of each shape."""
 
@@ -177,9 +210,10 @@ def table(args: Args) -> None:
     packed_bytes = sum(w.bytes() for w in weights)
     count = sum(n * k for n, k in shapes) * layers
     plain = [torch.empty(w.shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02) for w in weights]
+    loras = [random_lora(args, w.shape) for w in weights] if args.lora else []
     print(f"{len(weights)} products, {count / 1e9:.2f}e9 weights, {packed_bytes / 1e9:.2f} GB of codes and scales")
     print(f"{'rows':>5} | {'ours ms':>8}{'GB/s':>6} {'path':11}| {'dequantise':>10} | {'bnb ms':>8} | ", end="")
-    print(f"{'bf16 ms':>8}{'GB/s':>6}")
+    print(f"{'bf16 ms':>8}{'GB/s':>6}" + (f" | rank {args.lora}: fused ms, after it" if args.lora else ""))
     for rows in args.rows:
         x = inputs(shapes, rows)
         path = nf4._choose(next(iter(x.values())), rows, 4096)
@@ -194,8 +228,12 @@ def table(args: Args) -> None:
         print(
             f"{rows:5} | {ms:8.2f}{packed_bytes / ms / 1e6:6.0f} {path:11}| {chunks:10.2f} | {theirs:8.2f} | "
             f"{bf16:8.2f}{2 * count / bf16 / 1e6:6.0f}",
+            end="" if loras else "\n",
             flush=True,
         )
+        if loras:
+            fused, after = (replay_ms(adapted(weights, x, loras, way), args.replays) for way in (True, False))
+            print(f" |{fused:17.2f}{after:10.2f}", flush=True)
 
 
 def check(args: Args) -> bool:

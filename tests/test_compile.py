@@ -66,8 +66,9 @@ for rows, scaled in itertools.product((16, 32, 64, 128, 256), (False, True)):
         tiles = nf4_linear.choose_tiles(rows, n, 4096, 132, scaled)
         chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
 assert len(chosen) == 13 and {tiles.splits for tiles in chosen} == {1, 2}
-for tiles in chosen:
+for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
+    rank = (16 if split else 64) if adapter else None
     nested = tiles.scaled or split
     dtype = "bf16" if nested else "fp16"
     x = "fp16" if tiles.scaled else dtype
@@ -75,16 +76,27 @@ for tiles in chosen:
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
     pointers |= {"partial": "fp32", "counters": "i32"} if split else {}
     pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
-    known = types(pointers, "offset_stride rows N K row_tiles", "factor")
     choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
     choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows}
+    integers = "offset_stride rows N K row_tiles"
+    if rank:
+        pointers |= {"b": dtype, "shrunk": "fp32"}
+        integers += " shrunk_rows shrink_splits slices first_end second_end"
+        choices |= {"RANK": rank, "RANK_TILE": rank}
+    known = types(pointers, integers, "factor")
     used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
-for scaled in (False, True):
+for scaled, (rank, height) in itertools.product((False, True), ((None, None), (12, 16), (16, 32), (64, 16))):
     pointers = {"x": "bf16", "out": "fp16" if scaled else "bf16", "counters": "i32"}
     pointers |= {"row_scale": "fp32"} if scaled else {}
-    known = types(pointers, "row_stride stride rows columns counters", "")
-    compile(nf4_linear._permute_kernel, known, 16 if scaled else 4, WIDTH=16384 if scaled else 1024, PDL=True)
+    integers, choices = "row_stride stride rows columns counters", {"WIDTH": 16384 if scaled else 1024}
+    if rank:
+        pointers |= {"a": "bf16", "shrunk": "fp32"}
+        integers += " shrink_programs shrunk_rows slices share"
+        choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
+    known = types(pointers, integers, "")
+    used = compile(nf4_linear._permute_kernel, known, 16 if scaled else 4, 5 if rank == 12 else 3, PDL=True, **choices)
+    assert used <= 48 * 1024, (rank, used)  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")
 compile(nf4_linear._dequantise_kernel, known, 4, NESTED=True, BLOCKS=32)

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from grpo_kernels import nf4_linear as nf4
-from grpo_kernels.nf4_linear import NestedAbsmax, Tiles, absmax_of, nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4_linear import Lora, NestedAbsmax, Tiles, absmax_of, nf4_linear, nf4_linear_reference
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
 
@@ -21,6 +21,23 @@ def problem(n, k, rows, dtype=torch.float16, *, nested=True, device="cpu", seed=
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
     x = torch.randn(rows, k, device=device, generator=generator).to(dtype)
     return x, packed, absmax_of(state), state
+
+
+def adapter(k, rank, ends, dtype=torch.float16, *, device="cpu", seed=0):
+    """A Lora whose product is about as large as that of `problem`, and of a different size in each slice."""
+    generator = torch.Generator(device).manual_seed(seed)
+    a = torch.randn(len(ends) * rank, k, device=device, generator=generator) * (0.05 * rank**-0.25)
+    b = torch.randn(ends[-1], rank, device=device, generator=generator) * rank**-0.25
+    for i, end in enumerate(ends[:-1]):
+        b[end:] *= 1.5 + i
+    return Lora(a.to(dtype), b.to(dtype), ends)
+
+
+def exact_product(x, packed, absmax, shape, bias=None, lora=None):
+    """In float64."""
+    bias = None if bias is None else bias.double()
+    lora = None if lora is None else lora._replace(a=lora.a.double(), b=lora.b.double())
+    return nf4_linear_reference(x.double(), packed, absmax, shape, bias, lora)
 
 
 def relative_error(actual, exact):
@@ -113,6 +130,112 @@ def test_scaled_weights_of_any_magnitude(group):
         actual = nf4._fused(x, packed, absmax, (160, 512), None, Tiles(64, 16, 1, 4, 2, group=group, scaled=True))
     error = (actual.view(5, 5, 32) - exact).norm(dim=-1)
     assert (error <= 8e-3 * exact.norm(dim=-1)).all()  # the interpreter truncates bfloat16 outputs
+
+
+ADAPTED = [  # n, k, rows, rank, ends of slices, tiles
+    (96, 512, 1, 8, (96,), Tiles(64, 16, 1, 4, 2, wide=False)),
+    (200, 768, 17, 16, (64, 128, 200), Tiles(64, 32, 2, 4, 2)),  # N no multiple of the tile, of a slice neither
+    (192, 256, 5, 48, (128, 192), Tiles(64, 8, 1, 4, 2)),  # fewer rows in a tile than a product with A takes
+    (130, 1792, 33, 64, (64, 130), Tiles(64, 64, 3, 4, 2)),
+    (128, 1280, 100, 40, (128,), Tiles(64, 128, 1, 4, 3, group=2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k", "rows", "rank", "ends", "tiles"), ADAPTED, ids=str)
+def test_fused_kernel_with_an_adapter(n, k, rows, rank, ends, tiles, dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 132)  # enough for x A^T in parts
+    x, packed, absmax, _ = problem(n, k, rows, dtype)
+    bias, lora = torch.randn(n).to(dtype), adapter(k, rank, ends, dtype)
+    exact = exact_product(x, packed, absmax, (n, k), bias, lora)
+    with poisoned_memory():
+        actual = nf4._fused(x, packed, absmax, (n, k), bias, tiles, lora)
+    bound = 4e-4 if dtype == torch.float16 else 8e-3  # the interpreter truncates bfloat16
+    for columns in torch.arange(n).tensor_split(ends[:-1]):
+        assert relative_error(actual[:, columns], exact[:, columns]) < bound
+    assert ((actual.double() - exact).abs() < 8 * bound * exact.std()).all()
+    wrong = [None, lora._replace(b=2 * lora.b), lora._replace(a=lora.a.roll(1, 0))]
+    if len(ends) > 1:
+        wrong.append(lora._replace(a=lora.a.roll(rank, 0)))
+    for other in wrong:  # the check would see a missing adapter, a wrong scaling, a wrong rank or slice
+        assert relative_error(actual, exact_product(x, packed, absmax, (n, k), bias, other)) > 20 * bound
+
+
+@pytest.mark.parametrize(("n", "k", "rows", "rank", "ends", "splits"), [
+    (200, 512, 5, 16, (64, 128, 200), 1), (65, 1024, 33, 48, (65,), 3)
+], ids=str)  # fmt: skip
+def test_scaled_weights_with_an_adapter(n, k, rows, rank, ends, splits):
+    """Rows of x of any magnitude: the adapter sees x as it is, and y is scaled before it is added."""
+    x, packed, absmax, _ = problem(n, k, rows, torch.bfloat16)
+    x *= 2.0 ** torch.arange(-16, 16, 32 / rows)[:, None]
+    lora, bias = adapter(k, rank, ends, torch.bfloat16), torch.randn(n).bfloat16()
+    tiles = Tiles(64, 16 if rows == 5 else 64, splits, 4, 2, group=2, scaled=True)
+    exact = exact_product(x, packed, absmax, (n, k), bias, lora)
+    with poisoned_memory():
+        actual = nf4._fused(x, packed, absmax, (n, k), bias, tiles, lora)
+    assert ((actual.double() - exact).norm(dim=-1) < 8e-3 * exact.norm(dim=-1)).all()
+
+
+def test_product_with_a(monkeypatch):
+    """All that the second kernel may read of x A^T is written: zeros where rows or ranks pad."""
+    x, packed, absmax, _ = problem(192, 1536, 21)
+    lora = adapter(1536, 24, (64, 128, 192))
+    seen = {}
+
+    class Second:
+        def __getitem__(self, grid):
+            return lambda *_, **arguments: seen.update(arguments)
+
+    monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(nf4, "_fused_kernel", Second())
+    with poisoned_memory():
+        nf4._fused(x, packed, absmax, (192, 1536), None, Tiles(64, 64, 1, 4, 2), lora)
+    parts = seen["shrunk_ptr"].view(-1, seen["shrunk_rows"], 3, 32)
+    assert len(parts) == seen["shrink_splits"] == 2
+    expected = torch.zeros(64, 3, 32, dtype=torch.float64)
+    expected[:21, :, :24] = (x.double() @ lora.a.double().T).view(21, 3, 24)
+    torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize(
+    ("rank", "ends", "fits"),
+    [(16, (64, 128, 200), True), (80, (200,), False), (8, (60, 200), False), (8, (64, 128, 192, 200), False)],
+    ids=str,
+)
+def test_any_adapter(rank, ends, fits, backend):
+    """What the fused kernel cannot add is added after it. x has strides and leading axes, and is left as it is."""
+    x, packed, absmax, _ = problem(200, 256, 6)
+    lora = adapter(256, rank, ends)
+    assert nf4._lora_fits(lora, 64) == fits
+    exact = exact_product(x, packed, absmax, (200, 256), None, lora)
+    spaced = torch.full((2, 3, 600), float("nan"), dtype=x.dtype)
+    spaced[..., 3:515:2] = x.view(2, 3, 256)
+    with poisoned_memory():
+        actual = nf4_linear(spaced[..., 3:515:2], packed, absmax, (200, 256), lora=lora, backend=backend)
+    assert actual.shape == (2, 3, 200)
+    assert relative_error(actual.view(6, 200), exact) < 6e-4  # added after it, y is rounded twice
+    assert nf4_linear(x[:0], packed, absmax, (200, 256), lora=lora, backend=backend).shape == (0, 200)
+
+
+def test_adapter_of_zeros_changes_no_bit():
+    x, packed, absmax, _ = problem(100, 1024, 20)
+    lora = adapter(1024, 16, (64, 100))
+    zeros = lora._replace(b=torch.zeros_like(lora.b))
+    plain = nf4_linear(x, packed, absmax, (100, 1024), backend="fused")
+    assert torch.equal(nf4_linear(x, packed, absmax, (100, 1024), lora=zeros, backend="fused"), plain)
+    first, second = (nf4_linear(x, packed, absmax, (100, 1024), lora=lora, backend="fused") for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, plain)
+
+
+def test_parts_of_the_product_with_a():
+    for rows, rank, slices in itertools.product((16, 32, 64, 128, 300), (16, 32, 64), (1, 2, 3)):
+        for k in (256, 1536, 4096, 14336, 28672):
+            share, splits = nf4._shrink_splits(-(-rows // 16) * slices, rows, k, rank, 132)
+            blocks = k // nf4.SHRINK_BLOCK
+            assert share * splits >= blocks > share * (splits - 1)  # all columns, and no program without work
+            assert splits <= 16
 
 
 class poisoned_memory:
@@ -286,12 +409,38 @@ def test_tiles_cover_the_sum():
         (lambda a: a | {"absmax": a["absmax"]._replace(absmax=torch.zeros(3))}, r"\[3\] second-level"),
         (lambda a: a | {"shape": (40, 100)}, "multiple of 64"),
         (lambda a: a | {"bias": torch.ones(41)}, "bias is"),
-        (lambda a: a | {"x": a["x"].float(), "backend": "fused"}, "16-bit x"),
+        (lambda a: a | {"x": a["x"].float(), "backend": "fused", "lora": None}, "16-bit x"),
         (lambda a: a | {"backend": "cuda"}, "backend 'cuda'"),
+        (lambda a: with_lora(a, ends=(16, 41)), r"lora.ends is \(16, 41\).*N = 40"),
+        (lambda a: with_lora(a, ends=(0, 40)), "lora.ends"),
+        (lambda a: with_lora(a, ends=(40, 40)), "lora.ends"),
+        (lambda a: with_lora(a, ends=()), "lora.ends"),
+        (lambda a: with_lora(a, ends=(40,)), r"lora.a is \[8, 256\].*= \[4, 256\]"),
+        (lambda a: with_lora(a, a=a["lora"].a.T), r"lora.a is \[256, 8\]"),
+        (lambda a: with_lora(a, b=a["lora"].b[1:]), r"lora.b is \[39, 4\].*= \[40, 4\]"),
+        (lambda a: with_lora(a, b=a["lora"].b.T.contiguous().T), "lora.b is .*contiguous"),
+        (lambda a: with_lora(a, a=a["lora"].a[:0], b=a["lora"].b[:, :0]), "lora.a is"),
+        (lambda a: with_lora(a, b=a["lora"].b.float()), "lora.b is torch.float32, x torch.float16"),
+        (lambda a: with_lora(a, a=a["lora"].a.to("meta")), "lora.a is on meta"),
+        (lambda a: a | {"x": a["x"].clone().requires_grad_()}, "no gradient with lora"),
+        (lambda a: a | {"bias": torch.ones(40, requires_grad=True)}, "no gradient with lora"),
+        (lambda a: with_lora(a, b=a["lora"].b.clone().requires_grad_()), "no gradient with lora"),
     ],
 )
 def test_refusals(change, message):
     x, packed, absmax, _ = problem(40, 256, 3)
-    arguments = {"x": x, "packed": packed, "absmax": absmax, "shape": (40, 256)}
+    lora = adapter(256, 4, (16, 40))
+    arguments = {"x": x, "packed": packed, "absmax": absmax, "shape": (40, 256), "lora": lora}
     with pytest.raises(ValueError, match=message):
         nf4_linear(**change(arguments))
+
+
+def with_lora(arguments, **changes):
+    return arguments | {"lora": arguments["lora"]._replace(**changes)}
+
+
+def test_no_gradient_is_asked_for_under_no_grad():
+    x, packed, absmax, _ = problem(40, 256, 3)
+    lora = adapter(256, 4, (40,))
+    with torch.no_grad():
+        assert not nf4_linear(x.requires_grad_(), packed, absmax, (40, 256), lora=lora).requires_grad

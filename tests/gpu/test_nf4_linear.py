@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes import matmul_4bit
-from test_nf4_linear import bitsandbytes_weight, poisoned_memory, problem, relative_error
+from test_nf4_linear import adapter, bitsandbytes_weight, exact_product, poisoned_memory, problem, relative_error
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
@@ -75,3 +75,98 @@ def test_under_a_graph_and_beside_bitsandbytes():
         y.fill_(float("nan"))
         graph.replay()
         assert relative_error(y, matmul_4bit(x, packed, state).double()) < 6e-3
+
+
+JOINED = [(6144, 4096, (4096, 5120, 6144)), (28672, 4096, (14336, 28672)), (4096, 14336, (4096,))]  # Llama 8B's
+_problems: dict = {}
+
+
+def large_problem(n, k, rows, dtype):
+    """As `problem`, with the weight of each shape made once, and its float64 values."""
+    if (n, k) not in _problems:
+        _, packed, absmax, _ = problem(n, k, 1, device="cuda")
+        _problems.clear()  # one at a time: 0.9 GB in float64
+        _problems[n, k] = packed, absmax, nf4.nf4_dequantise_reference(packed, absmax, (n, k), torch.float64)
+    generator = torch.Generator("cuda").manual_seed(rows)
+    x = torch.randn(rows, k, device="cuda", generator=generator).to(dtype)
+    return x, *_problems[n, k]
+
+
+def exact_with_adapter(x, weight, lora, bias=None):
+    """In float64, each slice by itself."""
+    y = x.double() @ weight.T + (0 if bias is None else bias.double())
+    start = 0
+    for a, end in zip(lora.a.double().chunk(len(lora.ends)), lora.ends):
+        y[:, start:end] += x.double() @ a.T @ lora.b[start:end].double().T
+        start = end
+    return y
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17, 64, 100, 257])
+@pytest.mark.parametrize(
+    ("dtype", "rank"),
+    [(torch.bfloat16, 16), (torch.bfloat16, 64), (torch.float16, 8), (torch.float16, 48)],
+    ids=str,
+)
+@pytest.mark.parametrize(("n", "k", "ends"), JOINED, ids=str)  # the slowest to vary: see large_problem
+def test_adapter(rows, rank, dtype, n, k, ends):
+    """Every slice's error is that of rounding y and the adapter's x A^T: a missing part would be about 1."""
+    x, packed, absmax, weight = large_problem(n, k, rows, dtype)
+    lora = adapter(k, rank, ends, dtype, device="cuda", seed=rank)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    exact = exact_with_adapter(x, weight, lora, bias)
+    with poisoned_memory():
+        actual = nf4_linear(x, packed, absmax, (n, k), bias, lora=lora, backend="fused")
+    for columns in torch.arange(n).tensor_split(ends[:-1]):
+        assert relative_error(actual[:, columns], exact[:, columns]) < 0.6 * torch.finfo(dtype).eps
+    assert ((actual - exact).abs() < 8 * torch.finfo(dtype).eps * exact.abs().max()).all()
+    again = nf4_linear(x, packed, absmax, (n, k), bias, lora=lora, backend="fused")
+    assert torch.equal(actual, again)  # deterministic
+    zeros = lora._replace(b=torch.zeros_like(lora.b))
+    plain = nf4_linear(x, packed, absmax, (n, k), bias, backend="fused")
+    assert torch.equal(nf4_linear(x, packed, absmax, (n, k), bias, lora=zeros, backend="fused"), plain)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 100, 250])
+@pytest.mark.parametrize(("rank", "ends"), [(16, (128, 256, 600)), (48, (600,)), (64, (256, 600)), (80, (600,))])
+def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch):
+    monkeypatch.setattr(nf4, "SCALED_FROM", 1)
+    x, packed, absmax, _ = problem(600, 1792, rows, torch.bfloat16, device="cuda", seed=rows)
+    x *= torch.tensor([2.0**30, 1.0, 2.0**-30], device="cuda").repeat(rows)[:rows, None]
+    lora = adapter(1792, rank, ends, torch.bfloat16, device="cuda")
+    exact = exact_product(x, packed, absmax, (600, 1792), None, lora)
+    spaced = torch.full((rows, 4000), float("nan"), dtype=x.dtype, device="cuda")
+    spaced[:, 1:3585:2] = x
+    with poisoned_memory():
+        actual = nf4_linear(spaced[:, 1:3585:2], packed, absmax, (600, 1792), lora=lora, backend="fused")
+    size = exact.norm(dim=-1, keepdim=True)
+    assert relative_error(actual / size, exact / size) < (0.6 if rank <= 64 else 1) * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("rows", [8, 64, 100])
+def test_adapter_under_a_graph(rows):
+    """Products one after the other, that reuse each other's buffers; x and the adapter change between replays."""
+    x, packed, absmax, _ = problem(1024, 1024, rows, torch.bfloat16, device="cuda")
+    weight = nf4.nf4_dequantise_reference(packed, absmax, (1024, 1024), torch.float64)
+    lora = adapter(1024, 16, (512, 768, 1024), torch.bfloat16, device="cuda")
+
+    def run():
+        inputs = [x * (i + 1) for i in range(6)]
+        return [nf4_linear(i, packed, absmax, (1024, 1024), lora=lora, backend="fused") for i in inputs]
+
+    with torch.no_grad():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+    for seed in (1, 2, 3):
+        x.copy_(torch.randn(x.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+        fresh = adapter(1024, 16, lora.ends, torch.bfloat16, device="cuda", seed=seed)
+        lora.a.copy_(fresh.a)
+        lora.b.copy_(fresh.b)
+        for y in outputs:
+            y.fill_(float("nan"))
+        graph.replay()
+        for i, y in enumerate(outputs):
+            exact = exact_with_adapter(x * (i + 1), weight, lora)
+            assert relative_error(y, exact) < 0.6 * torch.finfo(torch.bfloat16).eps
