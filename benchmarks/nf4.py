@@ -65,8 +65,8 @@ class Args:
     """q, k, v as one product and gate, up as one, as the vLLM engine runs them"""
     lora: int | None = None
     """rank of an adapter: two columns more, ours with it in passing and with its products in torch after ours"""
-    scaled_from: int | None = None
-    """rows from which the fused kernel scales its weights before the product; None: as nf4_linear has it"""
+    scaled: bool | None = None
+    """whether the fused kernel scales its weights before the product; None: as nf4_linear has it"""
     seconds: float = 140
     """--tune times nothing more once so long has passed"""
     chunks: bool = False
@@ -449,8 +449,8 @@ def chunks(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.scaled_from is not None:
-        nf4.SCALED_FROM = args.scaled_from
+    if args.scaled is not None:
+        nf4._scaling_pays = lambda *_: args.scaled
     if args.compile is not None:
         sys.exit(not compile_tiles(args))
     good = compile_all(args) if args.tune else set()

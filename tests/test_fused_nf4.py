@@ -1,5 +1,6 @@
 """Whether the fused product is used: the comparison finds every kind of failure, and the engine falls back aloud."""
 
+import functools
 import logging
 
 import pytest
@@ -27,6 +28,14 @@ def test_the_kernels_agree_with_bitsandbytes(weights):
         return nf4.nf4_linear(x, weight.packed, weight.absmax, weight.shape, backend="fused")
 
     assert nf4.disagreement(kernel, nf4.plain, weights, (1, 17), torch.float16) is None
+
+
+def test_the_kernels_agree_with_an_adapter_too(weights, monkeypatch):
+    """Added within `nf4_linear`, under the interpreter, or by two products; and one that is lost is noticed."""
+    monkeypatch.setattr(nf4, "nf4_linear", functools.partial(nf4.nf4_linear, backend="fused"))
+    tried, reference = nf4.with_adapter(8)
+    assert nf4.disagreement(tried, reference, weights, (1, 17), torch.float16) is None
+    assert "values differ" in nf4.disagreement(nf4.fused, reference, weights, (1, 17), torch.float16)
 
 
 def test_one_weight_of_each_shape_is_tried_at_each_count_of_rows(weights):
@@ -127,7 +136,7 @@ def engine_on(device: str):
 
 class Joined:
     def __init__(self, weights):
-        self.made = {("a",): weights}
+        self.quantized = lambda: weights
 
 
 @pytest.mark.parametrize(

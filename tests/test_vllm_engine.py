@@ -22,8 +22,10 @@ from grpo.memory import GIB, dims
 from grpo.models import load_policy
 from grpo.run import read_metrics, strip_times
 from grpo.tiny import Tiny, tiny_model
+from grpo_kernels.nf4_linear import nf4_linear
 from grpo_rollout import vllm_engine
 from grpo_rollout.engine import Sampling
+from grpo_rollout.lora_slots import adapters, plan
 from grpo_rollout.sizing import kv_bytes_per_token, working_bytes
 from grpo_rollout.vllm_engine import SyncError, VLLMEngine, check_version
 
@@ -286,6 +288,42 @@ def test_an_adapter_in_wrong_slots_stops_the_run(fresh):
             fresh.engine.generate(PROMPTS, 1, Sampling(max_tokens=2), seed=0)
     finally:
         fresh.engine._moves = moves
+
+
+@needs_vllm
+@pytest.mark.parametrize("pair", ["llama", "phi3"], indirect=True)
+def test_adapters_within_the_products(fresh, monkeypatch):
+    """What a Hopper engine does from the start, here on one that is made: joined buffers, no kernels of vLLM's in steps
+    of up to 256 tokens, and those on the same memory in longer ones."""
+    products = []
+
+    def product(x, *arguments, **options):
+        products.append(len(x))
+        return nf4_linear(x, *arguments, **options)
+
+    def fuse(model):
+        for module in model.lora_manager.modules.values():
+            [weight] = [p.args[0] for p in module.base_layer.shared]
+            module.base_layer.nf4 = weight
+        vllm_engine._fuse_adapters(model)
+
+    monkeypatch.setattr(vllm_engine, "nf4_linear", product)
+    engine = fresh.engine
+    engine.llm.apply_model(fuse)
+    slots = engine.llm.apply_model(vllm_engine._open_slot(4))[0]
+    engine._moves = plan(slots, adapters(fresh.model.get_base_model()))
+    try:
+        engine.sync(fresh.model)
+        for longest in (256, 4):  # all steps in the product, only those of few tokens
+            monkeypatch.setattr(vllm_engine, "FUSED_ROWS", longest)
+            products.clear()
+            completions = engine.generate(PROMPTS, 4, Sampling(max_tokens=16), seed=0)
+            assert gaps(fresh.model, PROMPTS, 4, completions).max() < 1e-4
+            assert products
+            assert max(products) <= longest
+    finally:
+        engine.close()
+        fresh.make_engine()
 
 
 @needs_vllm

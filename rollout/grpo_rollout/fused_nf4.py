@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, NestedAbsmax, is_hopper, nf4_linear
+from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, Lora, NestedAbsmax, is_hopper, nf4_linear
 from grpo_rollout.shared_weights import Quantized, dequantized
 
 Product = Callable[[Quantized, torch.Tensor], torch.Tensor]
@@ -22,6 +22,30 @@ def fused(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
 def plain(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
     """x W^T as bitsandbytes does it: the weight is dequantised to memory first."""
     return nn.functional.linear(x, dequantized(weight, x.dtype))
+
+
+def with_adapter(rank: int) -> tuple[Product, Product]:
+    """`fused` and `plain` with an adapter as large as the weight itself added: in the kernel, and in torch."""
+    made: dict[tuple, Lora] = {}
+
+    def adapter(weight: Quantized, x: torch.Tensor) -> Lora:
+        key = (weight.shape, x.dtype)
+        if key not in made:  # at the first call: a capture of the second may draw no numbers
+            generator = torch.Generator(x.device).manual_seed(1)
+            a = torch.randn(rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
+            b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
+            b *= dequantized(weight, torch.float32)[0].norm()
+            made[key] = Lora(a.to(x.dtype), b.to(x.dtype), (weight.rows,))
+        return made[key]
+
+    def tried(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+        return nf4_linear(x, weight.packed, weight.absmax, weight.shape, lora=adapter(weight, x))
+
+    def reference(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+        a, b, _ = adapter(weight, x)
+        return plain(weight, x) + nn.functional.linear(nn.functional.linear(x, a), b)
+
+    return tried, reference
 
 
 def why_not(weights: Iterable[Quantized]) -> str | None:

@@ -7,6 +7,7 @@ quantisation method and model loader (the weights), a registered sleep-mode back
 
 import functools
 import importlib.metadata
+import itertools
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from grpo.memory import GIB, dims
+from grpo_kernels.nf4_linear import FUSED_RANK, FUSED_ROWS, Lora, nf4_linear
 from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
@@ -72,8 +74,9 @@ class VLLMEngine:
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
     fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once, rather than as bitsandbytes
-    does, which dequantises each to memory first. None: on Hopper, if it agrees with bitsandbytes' way when the engine
-    is made; where not, one warning says why. True: the same, but an error where not. False: never.
+    does, which dequantises each to memory first; the adapter's products are then part of it (`engine.fused_lora`), in
+    decode steps, up to rank 64. None: on Hopper, if it agrees with bitsandbytes' way when the engine is made; where
+    not, one warning says why. True: the same, but an error where not. False: never.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
@@ -145,11 +148,16 @@ class VLLMEngine:
         """whether 4-bit products go through grpo_kernels.nf4_linear"""
         if fused_nf4 is not False and not dequantize:
             self.fused_nf4 = self._may_fuse(joined, required=fused_nf4 is True)
+        room = next(r for r in RANKS if r >= rank)
+        self.fused_lora = self.fused_nf4 and room <= FUSED_RANK and self._may_fuse_adapter(joined, room)
+        """whether the adapter's products are part of them"""
         vllm = _import_vllm()
-        _register(base, joined, dequantize, self.fused_nf4)
+        _register(base, joined, dequantize, self.fused_nf4, self.fused_lora)
         parallel = {}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
+        if self.fused_lora:
+            parallel["worker_cls"] = f"{__name__}.{WORKER}"
         graphs = {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -173,7 +181,7 @@ class VLLMEngine:
                 enable_prefix_caching=prefix_caching,
                 enable_lora=True,
                 max_loras=1,
-                max_lora_rank=next(r for r in RANKS if r >= rank),
+                max_lora_rank=room,
                 lora_target_modules=sorted({name.rpartition(".")[2] for name in sources}),
                 logprobs_mode="processed_logprobs",
                 enforce_eager=not (cuda_graphs and on_gpu),
@@ -193,7 +201,7 @@ class VLLMEngine:
             self._sleep()
 
     def _may_fuse(self, joined: "_Joined", *, required: bool) -> bool:
-        weights = [w for made in joined.made.values() for w in made if isinstance(w, Quantized)]
+        weights = joined.quantized()
         reason = nf4.why_not(weights)
         if not reason:
             rows = nf4.check_rows(self.sizes.max_num_seqs, self.sizes.max_num_batched_tokens)
@@ -203,6 +211,15 @@ class VLLMEngine:
             raise ValueError(f"fused_nf4=True, but nf4_linear will not do here: {reason}")
         if reason and weights and self.device.type == "cuda":
             LOG.warning("4-bit products go bitsandbytes' way, slower than nf4_linear: %s", reason)
+        return reason is None
+
+    def _may_fuse_adapter(self, joined: "_Joined", rank: int) -> bool:
+        rows = [r for r in nf4.check_rows(self.sizes.max_num_seqs, FUSED_ROWS) if r <= FUSED_ROWS]
+        tried, reference = nf4.with_adapter(rank)
+        reason = nf4.disagreement(nf4.captured(tried), reference, joined.quantized(), rows, self.dtype)
+        torch.cuda.empty_cache()
+        if reason:
+            LOG.warning("the adapter is applied by vLLM's kernels, slower than within nf4_linear: %s", reason)
         return reason is None
 
     def sync(self, model: nn.Module) -> None:
@@ -250,8 +267,10 @@ class VLLMEngine:
 
         if self._asleep:
             self.llm.wake_up()
-        self.llm.llm_engine.engine_core.shutdown()
+        # vLLM's allocator gives its pools back in shutdown(), which must find nothing alive in them.
         self._moves = []
+        self.llm.collective_rpc(_forget_adapters)
+        self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             cleanup_dist_env_and_memory()
@@ -372,6 +391,7 @@ def _logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -
 # ---- what follows knows vLLM's insides
 
 METHOD = "grpo_shared"
+WORKER = "AdapterWorker"
 BACKEND = "grpo_kv_cache_only"
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -406,6 +426,9 @@ class _Joined:
                 self.made[whole] = share([linears[m] for m in whole])
         self.taken: set[str] = set()
 
+    def quantized(self) -> list[Quantized]:
+        return [w for made in self.made.values() for w in made if isinstance(w, Quantized)]
+
     def take(self, names: Sequence[str]) -> tuple[list[Quantized | Dense], torch.Tensor | None]:
         """The layers' weights (see `share`) and their biases, one after the other."""
         missing = [n for n in names if n not in self.linears]
@@ -419,7 +442,7 @@ class _Joined:
         return self.made[tuple(names)], torch.cat(biases) if biases else None
 
 
-def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> None:
+def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool, fused_lora: bool) -> None:
     """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -477,7 +500,7 @@ def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> 
             pass
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4)
+            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4, fused_lora)
 
     if base.get_input_embeddings().weight.device.type == "cuda":
         from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
@@ -488,7 +511,14 @@ def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> 
 
 
 def _hand_over(
-    base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool, fused_nf4: bool
+    base: Any,
+    joined: _Joined,
+    sampler: Any,
+    linear: Any,
+    dtype: torch.dtype,
+    dequantize: bool,
+    fused_nf4: bool,
+    fused_lora: bool,
 ) -> None:
     """Make every parameter of vLLM's model the trainer's tensor."""
     tensors = {
@@ -511,6 +541,7 @@ def _hand_over(
             storage = first.packed if isinstance(first, Quantized) else first.weight
             module.weight = nn.Parameter(storage, requires_grad=False)
             module.shared = [_product(w, fused_nf4) for w in weights]
+            module.nf4 = first if fused_lora and len(weights) == 1 and isinstance(first, Quantized) else None
             if bias is not None:
                 module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             continue
@@ -532,6 +563,54 @@ def _product(weight: Quantized | Dense, fused: bool) -> Callable[[torch.Tensor],
     if isinstance(weight, Dense):
         return lambda x: nn.functional.linear(x, weight.weight)
     return functools.partial(nf4.fused if fused else nf4.plain, weight)
+
+
+def __getattr__(name: str) -> Any:
+    """The worker that vLLM is told of by name, made when vLLM asks for it: it inherits from vLLM's.
+
+    Between the model with its adapters' layers and the captured graphs vLLM has no door but `load_lora_model`."""
+    if name != WORKER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class AdapterWorker(Worker):
+        def load_model(self, **settings: Any) -> None:
+            load = self.model_runner.load_lora_model
+            self.model_runner.load_lora_model = lambda *arguments: _fuse_adapters(load(*arguments))
+            super().load_model(**settings)
+
+    return AdapterWorker
+
+
+def _fuse_adapters(model: Any) -> Any:
+    """Let every layer marked by `_hand_over` compute its adapter within the NF4 product in decode steps.
+
+    All requests carry the one adapter there is, so nothing is asked of vLLM's mapping from tokens to adapters. The
+    slices' A, and B, become views of one matrix; longer steps go through vLLM's own kernels on the same memory."""
+    for name, module in model.lora_manager.modules.items():
+        weight = getattr(module.base_layer, "nf4", None)
+        if weight is None:
+            continue
+        a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
+        ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
+        if ends[-1] != weight.rows or module.lora_a_stacked[0].shape[:2] != (1, 1):
+            raise ValueError(f"vLLM keeps the adapter of {name} in a layout that is not known here")
+        module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
+        module.lora_b_stacked = tuple(t[None, None] for t in b.tensor_split(ends[:-1]))
+        module.apply = functools.partial(_apply_with_adapter, weight, Lora(a, b, ends), module.apply)
+    return model
+
+
+def _forget_adapters(worker: Any) -> None:
+    del worker.model_runner.lora_manager
+
+
+def _apply_with_adapter(
+    weight: Quantized, lora: Lora, longer: Callable, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if x.numel() > FUSED_ROWS * x.shape[-1]:
+        return longer(x, bias)
+    return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora)
 
 
 class KVCacheOnly:

@@ -42,7 +42,7 @@ def test_no_worse_than_bitsandbytes(n, k, backend, rows, nested, dtype):
 @pytest.mark.parametrize(("n", "k"), [(200, 512), (1024, 4096), (96, 8960)])
 def test_scaled_weights_are_no_worse_than_bitsandbytes(n, k, rows, monkeypatch):
     """The tiles that scale weights before the product, whether or not they are the default; large and small rows."""
-    monkeypatch.setattr(nf4, "SCALED_FROM", 1)
+    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: True)
     x, packed, absmax, state = problem(n, k, rows, torch.bfloat16, device="cuda", seed=rows)
     x[0] *= 2.0**40
     x[rows // 2] *= 2.0**-40
@@ -130,7 +130,7 @@ def test_adapter(rows, rank, dtype, n, k, ends):
 @pytest.mark.parametrize("rows", [1, 17, 64, 100, 250])
 @pytest.mark.parametrize(("rank", "ends"), [(16, (128, 256, 600)), (48, (600,)), (64, (256, 600)), (80, (600,))])
 def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch):
-    monkeypatch.setattr(nf4, "SCALED_FROM", 1)
+    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: True)
     x, packed, absmax, _ = problem(600, 1792, rows, torch.bfloat16, device="cuda", seed=rows)
     x *= torch.tensor([2.0**30, 1.0, 2.0**-30], device="cuda").repeat(rows)[:rows, None]
     lora = adapter(1792, rank, ends, torch.bfloat16, device="cuda")
