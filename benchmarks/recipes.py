@@ -203,6 +203,9 @@ def main(args: Args) -> None:
         parts = zip([*(part for part, _ in marks), "steps"], itertools.pairwise(times))
         print("    peak GB:", ", ".join(f"{part} {smi.most(*span):.2f}" for part, span in parts), end="; ")
         print("ended after s:", ", ".join(f"{part} {float(when) - begin:.0f}" for part, when in marks), flush=True)
+        for line in result.stderr.splitlines():
+            if "slower than" in line:  # a product that fell back
+                print("   ", line, flush=True)
         if result.returncode:
             print(f"    FAILED ({result.returncode})\n{result.stderr[-3000:]}", flush=True)
             continue

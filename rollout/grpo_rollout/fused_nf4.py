@@ -34,7 +34,7 @@ def with_adapter(rank: int) -> tuple[Product, Product]:
             generator = torch.Generator(x.device).manual_seed(1)
             a = torch.randn(rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
             b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
-            b *= dequantized(weight, torch.float32)[0].norm()
+            b *= dequantized(weight, x.dtype)[0].float().norm()
             made[key] = Lora(a.to(x.dtype), b.to(x.dtype), (weight.rows,))
         return made[key]
 
