@@ -55,6 +55,8 @@ class Args:
     """list the kernels of 16 decode steps"""
     fused_nf4: bool = True
     """our product on 4-bit weights; else bitsandbytes' way"""
+    fused_lora: bool = False
+    """the adapter's products within ours"""
     repeats: int = 3
     """calls of generate that are timed"""
     steps: int = 5
@@ -155,11 +157,12 @@ def main(args: Args) -> None:
     engine = VLLMEngine(
         model, eos_ids=[model.config.vocab_size - 1], max_prompt_tokens=args.prompt_tokens,
         max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gb=args.gpu_memory_gb,
-        dequantize=args.dequantize, fused_nf4=args.fused_nf4,
+        dequantize=args.dequantize, fused_nf4=args.fused_nf4, fused_lora=args.fused_lora,
         tolerance=0.3,  # random weights amplify the rounding of bf16: see the fp32 reference below
     )  # fmt: skip
     made = time.perf_counter() - begin
     print(f"engine made: {made:.1f} s, {used():.2f} GiB in use asleep; {engine.sizes}", flush=True)
+    print(f"products: fused_nf4 {engine.fused_nf4}, fused_lora {engine.fused_lora}")
     print(f"one copy: vLLM adds {used() - weights:.2f} GiB to the trainer's {weights:.2f}, KV cache released")
 
     rng = random.Random(0)

@@ -74,9 +74,10 @@ class VLLMEngine:
     prefix_caching: a group's prompt is computed once.
     dequantize: decode with 16-bit copies of the 4-bit weights: the same values, faster where memory allows.
     fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once, rather than as bitsandbytes
-    does, which dequantises each to memory first; the adapter's products are then part of it (`engine.fused_lora`), in
-    decode steps, up to rank 64. None: on Hopper, if it agrees with bitsandbytes' way when the engine is made; where
-    not, one warning says why. True: the same, but an error where not. False: never.
+    does, which dequantises each to memory first. None: on Hopper, if it agrees with bitsandbytes' way when the engine
+    is made; where not, one warning says why. True: the same, but an error where not. False: never.
+    fused_lora: where that product is used, let it add the adapter's too, in decode steps and up to rank 64, if it
+    agrees with separate products when the engine is made. Off: it has not run within vLLM on a GPU yet.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
@@ -98,6 +99,7 @@ class VLLMEngine:
         prefix_caching: bool = True,
         dequantize: bool = False,
         fused_nf4: bool | None = None,
+        fused_lora: bool = False,
         cuda_graphs: bool = True,
         sleep: bool = True,
         check_every: int = 20,
@@ -149,7 +151,7 @@ class VLLMEngine:
         if fused_nf4 is not False and not dequantize:
             self.fused_nf4 = self._may_fuse(joined, required=fused_nf4 is True)
         room = next(r for r in RANKS if r >= rank)
-        self.fused_lora = self.fused_nf4 and room <= FUSED_RANK and self._may_fuse_adapter(joined, room)
+        self.fused_lora = fused_lora and self.fused_nf4 and room <= FUSED_RANK and self._may_fuse_adapter(joined, room)
         """whether the adapter's products are part of them"""
         vllm = _import_vllm()
         _register(base, joined, dequantize, self.fused_nf4, self.fused_lora)
