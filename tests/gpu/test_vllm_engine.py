@@ -175,13 +175,16 @@ def test_joined_layers_through_the_fused_kernel(rows):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"fused_nf4": False}, {"dequantize": True}, {"cuda_graphs": False, "sleep": False}], ids=str
+    "settings",
+    [{"fused_nf4": False}, {"dequantize": True}, {"cuda_graphs": False, "sleep": False}, {"fused_lora": True}],
+    ids=str,
 )
 def test_other_ways_to_the_same_policy(pair, settings):
     pair.remake(**settings)
     perturb(pair.model, 4)
     pair.engine.sync(pair.model)
-    assert not pair.engine.fused_nf4 or "cuda_graphs" in settings
+    assert pair.engine.fused_nf4 == (HOPPER and not {"fused_nf4", "dequantize"} & settings.keys())
+    assert pair.engine.fused_lora == (HOPPER and "fused_lora" in settings)
     assert gaps(pair).mean() < GAP
 
 
