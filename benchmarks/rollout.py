@@ -21,10 +21,11 @@ import tyro
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
 from grpo.logprobs import causal_lm, completion_logps
+from grpo.lora import fuse_adapters
 from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
 from grpo.objective import Objective, policy_loss
-from grpo_rollout.engine import Sampling
+from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.torch_engine import dequantized
 from grpo_rollout.vllm_engine import VLLMEngine
 
@@ -52,11 +53,13 @@ class Args:
     reference: bool = False
     """compare sampler and trainer with an fp32 forward pass too (needs 40 GB for 8B)"""
     profile: bool = False
-    """list the kernels of 16 decode steps"""
+    """list the kernels of 16 decode steps and of a training step"""
     fused_nf4: bool = True
     """our product on 4-bit weights; else bitsandbytes' way"""
     fused_lora: bool = False
-    """the adapter's products within ours"""
+    """the sampler's adapter within our product"""
+    fused_training: bool = False
+    """the trainer's NF4 and adapter's products as one step"""
     repeats: int = 3
     """calls of generate that are timed"""
     steps: int = 5
@@ -138,6 +141,8 @@ def main(args: Args) -> None:
     torch.cuda.init()
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
     model = load_policy(args.model, lora_rank=args.lora_rank, device="cuda")
+    if args.fused_training:
+        print(f"{fuse_adapters(model)} layers train in one step")
     torch.cuda.empty_cache()
     weights = used()
     print(f"trainer loaded: {time.perf_counter() - start:.1f} s, {weights:.2f} GiB in use", flush=True)
@@ -214,9 +219,32 @@ def main(args: Args) -> None:
             engine.generate([prompt], args.group_size, sampling, seed=0)
         print(f"peak of generate: {peak.most:.2f} GiB of the card", flush=True)
 
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=5e-6)
+
+    def train(sampled: list[Completion]) -> float:
+        """Mean |logp trainer - logp sampler|."""
+        advantages = group_advantages(torch.rand(args.group_size), args.group_size)
+        ids = [c.token_ids for c in sampled]
+        micros = micro_batches(
+            [prompt] * len(ids), ids, [c.logps for c in sampled], advantages,
+            max_tokens=args.micro_batch_tokens, pad_id=0, device="cuda",
+        )  # fmt: skip
+        gap = 0.0
+        for micro in micros:
+            new, _ = completion_logps(model, micro)
+            loss, _ = policy_loss(
+                new, None, micro.advantages, micro.mask, Objective(), sampler_logps=micro.sampler_logps,
+                token_count=sum(map(len, ids)), sequence_count=len(ids), max_completion_length=args.completion_tokens,
+            )  # fmt: skip
+            loss.backward()
+            gap += float(((new.detach() - micro.sampler_logps).abs() * micro.mask).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        return gap / sum(map(len, ids))
+
     with stage("steps"):
-        parameters = trainable_parameters(model)
-        optimizer = torch.optim.AdamW(parameters, lr=5e-6)
         causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for step in range(args.steps):
             torch.cuda.synchronize()
@@ -224,43 +252,31 @@ def main(args: Args) -> None:
             with Peak() as peak:
                 sampled = engine.generate([prompt], args.group_size, sampling, seed=step)
                 marks.append(time.perf_counter())
-                advantages = group_advantages(torch.rand(args.group_size), args.group_size)
-                ids = [c.token_ids for c in sampled]
-                micros = micro_batches(
-                    [prompt] * len(ids), ids, [c.logps for c in sampled], advantages,
-                    max_tokens=args.micro_batch_tokens, pad_id=0, device="cuda",
-                )  # fmt: skip
-                gap = 0.0
-                for micro in micros:
-                    new, _ = completion_logps(model, micro)
-                    loss, _ = policy_loss(
-                        new, None, micro.advantages, micro.mask, Objective(), sampler_logps=micro.sampler_logps,
-                        token_count=sum(map(len, ids)), sequence_count=len(ids),
-                        max_completion_length=args.completion_tokens,
-                    )  # fmt: skip
-                    loss.backward()
-                    gap += float(((new.detach() - micro.sampler_logps).abs() * micro.mask).sum())
-                optimizer.step()
-                optimizer.zero_grad()
-                torch.cuda.synchronize()
+                gap = train(sampled)
                 marks.append(time.perf_counter())
                 engine.sync(model)
                 marks.append(time.perf_counter())
-            generate, train, sync = (b - a for a, b in itertools.pairwise(marks))
+            generate, training, sync = (b - a for a, b in itertools.pairwise(marks))
             print(
                 f"step {step}: {marks[-1] - marks[0]:.2f} s = generate {generate:.2f} (check "
-                f"{engine.seconds['check']:.2f} in the first five) + train {train:.2f} + sync {sync:.4f}; peak "
-                f"{peak.most:.2f} GiB of the card; gap {gap / sum(map(len, ids)):.2e} nats", flush=True,
+                f"{engine.seconds['check']:.2f} in the first five) + train {training:.2f} + sync {sync:.4f}; peak "
+                f"{peak.most:.2f} GiB of the card; gap {gap:.2e} nats", flush=True,
             )  # fmt: skip
         engine.check(prompt)  # the last sync took the trained adapter
         completions = engine.generate([prompt], args.group_size, sampling, seed=99)
 
     if args.profile:
-        with stage("profile"):
-            short = Sampling(max_tokens=17)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                engine.generate([prompt], args.group_size, short, seed=0)
-            print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
+        for what, run in (
+            ("decode", lambda: engine.generate([prompt], args.group_size, Sampling(max_tokens=17), seed=0)),
+            ("train", lambda: train(completions)),
+        ):
+            with stage(f"profile of {what}"):
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                    run()
+                kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
+                print(f"{what}: {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms of kernels, ms and calls")
+                for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
+                    print(f"{e.self_device_time_total / 1e3:9.2f}{e.count:7}  {e.key[:110]}")
 
     with stage("folder"), tempfile.TemporaryDirectory() as folder:
         engine.llm.wake_up()

@@ -1,0 +1,103 @@
+"""The trainer's linear layers, NF4 weight and LoRA adapter in one step, in place of PEFT's forward pass."""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit
+from torch import Tensor, nn
+
+from grpo_kernels.nf4_linear import absmax_of, nf4_dequantise
+
+PEFT = "0.21"
+"""the release whose `lora.Linear4bit` this stands in for"""
+
+
+def fuse_adapters(model: PeftModel) -> int:
+    """Let every adapted NF4 layer compute y = x W^T + bias + scaling * x A^T B^T as one step; returns how many do.
+
+    PEFT passes six times more over y: it copies the base layer's result, scales the adapter's and adds the two, each
+    out of place. Here the adapter's product is added by the matrix product itself, in the forward pass to y and in the
+    backward pass to the gradient of x, and the scaling is part of B, as in the sampler, rounded once. Where a layer is
+    asked for anything else (adapters off or several, merged weights, dropout, a variant of LoRA), PEFT's own forward
+    runs. A layer's `forward` is replaced on the instance: parameters, names and files stay PEFT's.
+
+    Raises ValueError for another PEFT than it was written for."""
+    version = importlib.metadata.version("peft")
+    if not version.startswith(PEFT + "."):
+        raise ValueError(
+            f"fuse_adapters was written for peft {PEFT}.* and found {version}; install that, or leave it out"
+        )
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and _is_nf4(m.get_base_layer())]
+    for layer in layers:
+        layer.forward = functools.partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _is_nf4(base: Any) -> bool:
+    state = base.weight.quant_state
+    return state is not None and state.quant_type == "nf4" and state.blocksize == 64
+
+
+def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    usual = (
+        name in layer.lora_A
+        and not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
+        and getattr(layer.lora_dropout[name], "p", 0.0) == 0.0
+        and layer.lora_B[name].bias is None
+    )
+    if not usual:
+        return plain(x, *args, **kwargs)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    base = layer.get_base_layer()
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]).to(dtype), a, b, layer.scaling[name], base)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x: [tokens, in], a: [rank, in], b: [out, rank]; products in x's dtype, gradients of a and b in theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
+        low, scaled = a.to(x.dtype), (b * scaling).to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        shrunk = x @ low.T
+        y = nn.functional.linear(x, _weight(base, x.dtype), bias).addmm_(shrunk, scaled.T)
+        ctx.save_for_backward(x, shrunk, low, scaled)
+        ctx.scaling, ctx.base, ctx.dtypes = scaling, base, (a.dtype, b.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, shrunk, low, scaled = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        grad_shrunk = grad @ scaled
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _weight(ctx.base, grad.dtype)).addmm_(grad_shrunk, low)
+        if ctx.needs_input_grad[1]:
+            grad_a = _product(grad_shrunk.T, x, ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            grad_b = _product(grad.T, shrunk, ctx.dtypes[1]).mul_(ctx.scaling)
+        return grad_x, grad_a, grad_b, None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, summed over the tokens, in the parameters' dtype rather than rounded to the activations' first."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """[out, in], dequantised."""
+    state = base.weight.quant_state
+    if base.weight.is_cuda:
+        return nf4_dequantise(base.weight, absmax_of(state), tuple(state.shape), dtype)
+    return bnb.functional.dequantize_4bit(base.weight.view(-1, 1), state).to(dtype)

@@ -1,0 +1,136 @@
+"""The adapted NF4 layer in one step against PEFT's own forward: values, gradients, and everything it leaves to PEFT.
+
+The functions of this file serve tests/gpu/test_lora.py too."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from conftest import write_model
+from peft.tuners.lora.bnb import Linear4bit
+
+from grpo.lora import fuse_adapters
+from grpo.models import load_policy, reference_policy, trainable_parameters
+
+IDS = torch.tensor([[1, 9, 10, 11, 30, 12], [1, 20, 21, 22, 23, 2]])
+
+
+def moved(policy, seed: int = 1):
+    """An adapter that matters: B is zero at first."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trainable_parameters(policy):
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return policy
+
+
+def run(policy, ids=IDS):
+    """Logits, and the gradient of a function of them in every trainable parameter."""
+    logits = policy(input_ids=ids.to(next(policy.parameters()).device)).logits
+    weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits.device)
+    (logits.float().log_softmax(-1) * weights).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in trainable_parameters(policy)])
+    policy.zero_grad()
+    return logits.detach(), gradients
+
+
+def relative_error(actual, expected) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
+def test_equals_peft(model_folder, architecture, checkpointing):
+    folder = model_folder(architecture)
+    policy = moved(load_policy(folder, lora_rank=3, lora_alpha=12, gradient_checkpointing=checkpointing))
+    expected = run(policy)
+    without = [p.detach().clone() for p in trainable_parameters(policy)]
+    assert fuse_adapters(policy) == sum(isinstance(m, Linear4bit) for m in policy.modules())
+    actual = run(policy)
+    for a, e in zip(actual, expected):
+        assert relative_error(a, e) < 1e-5
+    with torch.no_grad():  # and the adapter matters
+        for p in trainable_parameters(policy):
+            p.zero_()
+    assert relative_error(run(policy)[0], expected[0]) > 0.1
+    assert all(p.shape == w.shape for p, w in zip(trainable_parameters(policy), without))
+
+
+def in_bf16(policy):
+    """As on a GPU: all but the adapter."""
+    for m in policy.modules():
+        if isinstance(m, Linear4bit):
+            m.get_base_layer().compute_dtype = m.get_base_layer().weight.quant_state.dtype = torch.bfloat16
+    for p in policy.parameters():
+        if p.is_floating_point() and not p.requires_grad:
+            p.data = p.data.bfloat16()
+
+
+def test_bf16_is_no_worse_than_pefts(tmp_path):
+    """Errors against fp32, of logits and gradients, summed over six models."""
+    theirs, ours = torch.zeros(2), torch.zeros(2)
+    for seed in range(6):
+        folder = write_model(tmp_path / str(seed), seed=seed, hidden_size=128, intermediate_size=256, head_dim=32,
+                             initializer_range=0.06)  # fmt: skip
+        policy = moved(load_policy(str(folder), lora_rank=8, lora_alpha=12), seed)
+        exact = run(policy)
+        in_bf16(policy)
+        for total in (theirs, ours):
+            with torch.autocast("cpu", torch.bfloat16):
+                total += torch.tensor([relative_error(a, e) for a, e in zip(run(policy), exact)])
+            if total is theirs:
+                fuse_adapters(policy)
+    assert (ours < 1.1 * theirs).all()
+    assert (ours > 1e-2).all()  # it was bf16
+
+
+def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp_path):
+    policy = moved(load_policy(model_folder(), lora_rank=4))
+    with reference_policy(policy):
+        base = policy(input_ids=IDS).logits
+    policy.save_pretrained(tmp_path)
+    trained = policy(input_ids=IDS).logits
+    fuse_adapters(policy)
+    with reference_policy(policy):
+        torch.testing.assert_close(policy(input_ids=IDS).logits, base, rtol=0, atol=0)
+    continued = load_policy(model_folder(), lora_rank=4, adapter=tmp_path)
+    fuse_adapters(continued)
+    moved(continued, seed=2)
+    with reference_policy(continued):
+        torch.testing.assert_close(continued(input_ids=IDS).logits, trained)
+    assert (continued(input_ids=IDS).logits - trained).abs().max() > 0.1
+
+
+def test_what_it_does_not_do_is_left_to_peft(model_folder, monkeypatch):
+    policy = moved(load_policy(model_folder(), lora_rank=4))
+    layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
+    taken = []
+    plain = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    fuse_adapters(policy)
+    expected = policy(input_ids=IDS).logits
+    assert not taken
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    policy(input_ids=IDS)
+    assert taken == [1]
+    layer.lora_dropout["default"] = torch.nn.Identity()
+    policy.add_adapter("second", policy.peft_config["default"])
+    policy.base_model.set_adapter(["default", "second"])  # the second's B is zero
+    torch.testing.assert_close(policy(input_ids=IDS).logits, expected)
+    assert taken == [1, 1]
+
+
+def test_names_and_files_stay_pefts(model_folder):
+    policy = load_policy(model_folder(), lora_rank=4)
+    before = {n: t.clone() for n, t in policy.state_dict().items()}
+    fuse_adapters(policy)
+    after = policy.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_another_peft_is_refused(model_folder, monkeypatch):
+    policy = load_policy(model_folder(), lora_rank=4)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    with pytest.raises(ValueError, match=r"written for peft 0\.21\.\* and found 0\.99\.0"):
+        fuse_adapters(policy)
