@@ -327,6 +327,16 @@ def test_adapters_within_the_products(fresh, monkeypatch):
 
 
 @needs_vllm
+def test_a_second_engine_registers_no_second_backend():
+    """vLLM raises for a name that is taken: no engine could be made after another."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    for _ in range(2):
+        vllm_engine._register_backend()
+    assert SleepModeBackendFactory.get_backend_class(vllm_engine.BACKEND) is vllm_engine.KVCacheOnly
+
+
+@needs_vllm
 def test_weights_exist_once(pair):
     """Every matrix of vLLM's begins where one of the trainer's does, and none was allocated beside them."""
     base = pair.model.get_base_model()

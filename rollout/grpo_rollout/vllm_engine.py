@@ -505,11 +505,19 @@ def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool, fus
             _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4, fused_lora)
 
     if base.get_input_embeddings().weight.device.type == "cuda":
-        from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
-
-        SleepModeBackendFactory.register_backend(BACKEND, __name__, KVCacheOnly.__name__)
+        _register_backend()
     register_quantization_config(METHOD)(SharedConfig)
     register_model_loader(METHOD)(SharedLoader)
+
+
+def _register_backend() -> None:
+    """Once a process: vLLM refuses a name that it knows."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    try:
+        SleepModeBackendFactory.get_backend_class(BACKEND)
+    except ValueError:
+        SleepModeBackendFactory.register_backend(BACKEND, __name__, KVCacheOnly.__name__)
 
 
 def _hand_over(
