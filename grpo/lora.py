@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
-from grpo_kernels.nf4_linear import absmax_of, nf4_dequantise
+from grpo_kernels.nf4_linear import FUSED_ROWS, Lora, absmax_of, nf4_dequantise, nf4_linear
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""
@@ -22,7 +22,8 @@ def fuse_adapters(model: PeftModel) -> int:
 
     PEFT passes six times more over y: it copies the base layer's result, scales the adapter's and adds the two, each
     out of place. Here the adapter's product is added by the matrix product itself, in the forward pass to y and in the
-    backward pass to the gradient of x, and the scaling is part of B, as in the sampler, rounded once. Where a layer is
+    backward pass to the gradient of x, and the scaling is part of B, as in the sampler, rounded once. Without gradient
+    and for few rows (the torch engine decoding on a GPU) it is `nf4_linear` with the adapter in it. Where a layer is
     asked for anything else (adapters off or several, merged weights, dropout, a variant of LoRA), PEFT's own forward
     runs. A layer's `forward` is replaced on the instance: parameters, names and files stay PEFT's.
 
@@ -55,10 +56,19 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **
         return plain(x, *args, **kwargs)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    base = layer.get_base_layer()
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]).to(dtype), a, b, layer.scaling[name], base)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    decoding = x.is_cuda and len(flat) <= FUSED_ROWS and not torch.is_grad_enabled()
+    product = _read_once if decoding else _LoraLinear.apply
+    y = product(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], layer.get_base_layer())
     return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _read_once(x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
+    """Without gradient, for few rows: the 4-bit weight is not dequantised to memory first, where the kernel applies."""
+    state, bias = base.weight.quant_state, None if base.bias is None else base.bias.to(x.dtype)
+    shape = (state.shape[0], state.shape[1])
+    lora = Lora(a.to(x.dtype), (b * scaling).to(x.dtype), shape[:1])
+    return nf4_linear(x, base.weight.data, absmax_of(state), shape, bias, lora=lora)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -99,5 +109,5 @@ def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in], dequantised."""
     state = base.weight.quant_state
     if base.weight.is_cuda:
-        return nf4_dequantise(base.weight, absmax_of(state), tuple(state.shape), dtype)
+        return nf4_dequantise(base.weight.data, absmax_of(state), tuple(state.shape), dtype)
     return bnb.functional.dequantize_4bit(base.weight.view(-1, 1), state).to(dtype)

@@ -9,6 +9,7 @@ import torch
 from conftest import write_model
 from peft.tuners.lora.bnb import Linear4bit
 
+import grpo.lora
 from grpo.lora import fuse_adapters
 from grpo.models import load_policy, reference_policy, trainable_parameters
 
@@ -118,6 +119,17 @@ def test_what_it_does_not_do_is_left_to_peft(model_folder, monkeypatch):
     policy.base_model.set_adapter(["default", "second"])  # the second's B is zero
     torch.testing.assert_close(policy(input_ids=IDS).logits, expected)
     assert taken == [1, 1]
+
+
+def test_few_rows_without_gradient(model_folder, monkeypatch):
+    """What a decoding step on a GPU takes, by its torch reference here."""
+    monkeypatch.setattr(grpo.lora._LoraLinear, "apply", grpo.lora._read_once)
+    for architecture in ("llama", "qwen2"):
+        policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12))
+        with torch.no_grad():
+            expected = policy(input_ids=IDS).logits
+            fuse_adapters(policy)
+            assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
 
 
 def test_names_and_files_stay_pefts(model_folder):

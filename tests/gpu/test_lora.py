@@ -35,3 +35,17 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing):
     fuse_adapters(policy)
     for ours, peft in zip(errors(), theirs):
         assert ours < 1.2 * peft
+
+
+def test_few_rows_without_gradient(tmp_path):
+    """As the torch engine decodes: the fused product, its adapter included."""
+    folder = str(write_model(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.05))
+    with torch.no_grad():
+        exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12))(input_ids=IDS[:, :20]).logits
+        policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, device="cuda"))
+        errors = []
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                errors.append(relative_error(policy(input_ids=IDS[:, :20].cuda()).logits.cpu(), exact))
+            fuse_adapters(policy)
+    assert errors[1] < 1.2 * errors[0]
