@@ -200,6 +200,25 @@ def by_hash(examples: Sequence[Example], split: str, *, share: float = 0.05) -> 
     return [e for e in examples if in_held_out(e.question, share) == (split != "train")]
 
 
+def load_splits(source: str, **fields: Any) -> tuple[list[Example], list[Example]]:
+    """The training and the held-out examples of `--data`. source, fields: of `load_examples`.
+
+    A single file has no splits: one in twenty of its questions is held out, by their hashes, and a warning says so.
+    Raises ValueError, as `load_examples`, and for a file too short to hold a question out."""
+    if not Path(source).is_file():
+        train, test = (load_examples(source, split=split, **fields) for split in ("train", "test"))
+        return train, test
+    examples = load_examples(source, **fields)
+    train, test = (by_hash(examples, split) for split in ("train", "test"))
+    if not (train and test):
+        raise ValueError(
+            f"--data {source}: {len(examples)} questions are too few to hold one in twenty out; give a folder with "
+            "train.jsonl and test.jsonl"
+        )
+    logger.warning("%s has no splits: %d of its %d questions are held out", source, len(test), len(examples))
+    return train, test
+
+
 def fixed_sample(examples: Sequence[Example], n: int) -> list[Example]:
     """`n` of the examples (all, where there are fewer), by the questions' hashes: the same ones whatever their order in
     the file, and not those of its first chapter only."""

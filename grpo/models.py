@@ -139,6 +139,16 @@ def check_prompt_lengths(prompts: Sequence[Sequence[int]], max_prompt_tokens: in
         )
 
 
+def check_context(config: Any, max_prompt_tokens: int, max_completion_tokens: int) -> None:
+    """Raise ValueError, naming the flags, where a longest sequence has more tokens than the model was made for."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_prompt_tokens + max_completion_tokens > context:
+        raise ValueError(
+            f"--max-prompt-tokens {max_prompt_tokens} and --max-completion-tokens {max_completion_tokens} are more "
+            f"than the {context} tokens the model was made for (max_position_embeddings); lower them"
+        )
+
+
 def stop_ids(model: str, tokenizer: Any) -> list[int]:
     """Every token id that ends a completion: those of generation_config, the tokenizer's EOS, and the token with
     which the chat template closes an assistant's turn. Models have up to three, and a file's metadata can name

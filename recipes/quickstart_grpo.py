@@ -23,6 +23,7 @@ from grpo.data import check_disjoint
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
+    check_context,
     check_policy,
     check_prompt_lengths,
     encode_chat,
@@ -111,7 +112,8 @@ def main(args: Args) -> None:
     world = init_distributed()
     folder = args.model or str(tiny_model(Tiny(prompt=PROMPT)))
     tokenizer = load_tokenizer(folder)
-    check_policy(folder, lora_rank=args.lora_rank, lora_targets=args.lora_targets)
+    _, config, _ = check_policy(folder, lora_rank=args.lora_rank, lora_targets=args.lora_targets)
+    check_context(config, args.max_prompt_tokens, args.max_completion_tokens)
     # Questions, and others that neither pretraining nor GRPO ever sees.
     train, held_out = tiny_examples(2000, "train"), tiny_examples(args.eval_questions, "test")
     check_disjoint(train, held_out)

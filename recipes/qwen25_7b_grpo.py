@@ -27,7 +27,7 @@ from grpo.advantages import Estimator, check_estimator, counted_samples, estimat
 from grpo.answers import extract_lenient
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, drop_long, fixed_sample, load_examples
+from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.memory import hold_memory, preflight
@@ -155,8 +155,7 @@ def main(args: Args) -> None:
         return encode_chat(tokenizer, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
 
     train, held_out = (
-        drop_long(load_examples(args.data, split=split), lambda q: len(encode(q)), args.max_prompt_tokens)
-        for split in ("train", "test")
+        drop_long(part, lambda q: len(encode(q)), args.max_prompt_tokens) for part in load_splits(args.data)
     )
     held_out = fixed_sample(held_out, args.eval_questions)
     check_disjoint(train, held_out)

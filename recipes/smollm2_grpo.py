@@ -22,10 +22,11 @@ from grpo.advantages import Estimator, check_estimator, counted_samples, estimat
 from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
-from grpo.data import arithmetic_examples, check_disjoint, load_examples
+from grpo.data import arithmetic_examples, check_disjoint, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
+    check_context,
     check_policy,
     check_prompt_lengths,
     encode_chat,
@@ -128,18 +129,21 @@ def main(args: Args) -> None:
     check_estimator(args.estimator)
     world = init_distributed()
     tokenizer = load_tokenizer(args.model)
-    check_policy(args.model, lora_rank=args.lora_rank, lora_targets=args.lora_targets, adapter=args.adapter)
+    _, config, _ = check_policy(
+        args.model, lora_rank=args.lora_rank, lora_targets=args.lora_targets, adapter=args.adapter
+    )
+    max_tokens = args.max_completion_tokens or (24 if args.task == "arithmetic" else 256)
+    check_context(config, args.max_prompt_tokens, max_tokens)
     if args.task == "arithmetic":
         train, held_out = (arithmetic_examples(split=split) for split in ("train", "test"))
     else:
-        train, held_out = (load_examples(args.data, split=split) for split in ("train", "test"))
+        train, held_out = load_splits(args.data)
     held_out = held_out[: args.eval_questions]
     check_disjoint(train, held_out)
     prompts = [encode_chat(tokenizer, messages(e.question, args.task)) for e in train]
     eval_prompts = [encode_chat(tokenizer, messages(e.question, args.task)) for e in held_out][world.rank :: world.size]
     eval_golds = [e.gold for e in held_out][world.rank :: world.size]
     check_prompt_lengths(prompts + eval_prompts, args.max_prompt_tokens)
-    max_tokens = args.max_completion_tokens or (24 if args.task == "arithmetic" else 256)
     sampling = Sampling(temperature=args.temperature, max_tokens=max_tokens)
 
     # --- policy, engine, optimizer

@@ -49,7 +49,7 @@ def write_model(folder, architecture: str = "llama", *, seed: int = 0, **setting
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -20,6 +20,7 @@ from grpo.data import (
     fixed_sample,
     in_held_out,
     load_examples,
+    load_splits,
     question_hash,
 )
 
@@ -335,3 +336,22 @@ def test_a_fixed_sample_depends_on_the_questions_alone():
     assert len(set(sample)) == 20
     assert sample != examples[:20]  # not the file's beginning
     assert sorted(fixed_sample(examples, 1000)) == sorted(examples)
+
+
+def test_splits_of_a_folder_and_of_a_single_file(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", [{"question": f"Train {i}?", "answer": "1"} for i in range(3)])
+    write(tmp_path / "test.jsonl", [{"question": "Test?", "answer": "2"}])
+    train, test = load_splits(str(tmp_path))
+    assert [len(train), len(test)] == [3, 1]
+    assert not caplog.records
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(200)]
+    file = write(tmp_path / "one.jsonl", rows)
+    train, test = load_splits(file)
+    assert 2 <= len(test) <= 25
+    assert {*train, *test} == set(load_examples(file))
+    check_disjoint(train, test)
+    assert f"no splits: {len(test)} of its 200 questions are held out" in caplog.text
+    shuffled = write(tmp_path / "two.jsonl", rows[::-1])
+    assert {*load_splits(shuffled)[1]} == {*test}  # by the question, wherever it stands
+    with pytest.raises(ValueError, match=r"--data .*: 2 questions are too few.*train\.jsonl and test\.jsonl"):
+        load_splits(write(tmp_path / "few.jsonl", [e._asdict() | {"answer": e.gold} for e in train[:2]]))

@@ -52,6 +52,8 @@ def test_gsm8k_from_a_local_folder(recipe, small, tmp_path):
         recipe.main(small("other", task="gsm8k", data=data, max_prompt_tokens=3))
     with pytest.raises(ValueError, match=r"--data .*nothing: no such file or folder"):
         recipe.main(small("other", task="gsm8k", data=str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match=r"--max-prompt-tokens 1020 and --max-completion-tokens 8 .* the 1024 tokens"):
+        recipe.main(small("other", task="gsm8k", data=data, max_prompt_tokens=1020))
     assert not (tmp_path / "other").exists()
 
 

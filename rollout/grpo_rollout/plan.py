@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo.memory import GIB, Dims, PolicySize, dims, policy_size, training_bytes
+from grpo.models import check_context
 from grpo_rollout.sizing import allowed_bytes, engine_sizes, kv_bytes_per_token
 
 CONTEXT_BYTES = int(0.65 * GIB)
@@ -85,12 +86,7 @@ def make_plan(
     limit = allowed_bytes(torch.cuda.mem_get_info(device)[1], budget) if device.type == "cuda" else budget
 
     longest = max_prompt_tokens + max_completion_tokens
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise ValueError(
-            f"--max-prompt-tokens {max_prompt_tokens} and --max-completion-tokens {max_completion_tokens} are more "
-            f"than the {context} tokens the model was made for (max_position_embeddings); lower them"
-        )
+    check_context(config, max_prompt_tokens, max_completion_tokens)
     resident = {
         "CUDA context": CONTEXT_BYTES,
         "weights, 4 bit": size.quantized_bytes,
