@@ -17,6 +17,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
@@ -60,6 +61,8 @@ class Args:
     """the sampler's adapter within our product"""
     fused_training: bool = False
     """the trainer's NF4 and adapter's products as one step"""
+    kept_layers: int = 0
+    """layers that keep their activations rather than compute them again in the backward pass"""
     repeats: int = 3
     """calls of generate that are timed"""
     steps: int = 5
@@ -246,6 +249,9 @@ def main(args: Args) -> None:
 
     with stage("steps"):
         causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers[len(layers) - args.kept_layers :]:
+            layer.gradient_checkpointing = False
         for step in range(args.steps):
             torch.cuda.synchronize()
             marks = [time.perf_counter()]
