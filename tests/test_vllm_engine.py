@@ -23,9 +23,9 @@ from grpo.models import load_policy
 from grpo.run import read_metrics, strip_times
 from grpo.tiny import Tiny, tiny_model
 from grpo_kernels.nf4_linear import nf4_linear
+from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout import vllm_engine
 from grpo_rollout.engine import Sampling
-from grpo_rollout.lora_slots import adapters, plan
 from grpo_rollout.sizing import kv_bytes_per_token, working_bytes
 from grpo_rollout.vllm_engine import SyncError, VLLMEngine, check_version
 
@@ -116,10 +116,9 @@ class Pair:
             self.moved = (self.model(ids).logits - logits).abs().max().item()
         self.state_after = torch.get_rng_state()
 
-    def make_engine(self, sequences: int = 8, gpu_memory_gb: float | None = None) -> None:
+    def make_engine(self, sequences: int = 8, **settings) -> None:
         self.engine = VLLMEngine(
-            self.model, eos_ids=[2, 3], max_prompt_tokens=48, max_completion_tokens=32, sequences=sequences,
-            gpu_memory_gb=gpu_memory_gb,
+            self.model, eos_ids=[2, 3], max_prompt_tokens=48, max_completion_tokens=32, sequences=sequences, **settings
         )  # fmt: skip
 
 
@@ -293,26 +292,22 @@ def test_an_adapter_in_wrong_slots_stops_the_run(fresh):
 @needs_vllm
 @pytest.mark.parametrize("pair", ["llama", "phi3"], indirect=True)
 def test_adapters_within_the_products(fresh, monkeypatch):
-    """What a Hopper engine does from the start, here on one that is made: joined buffers, no kernels of vLLM's in steps
-    of up to 256 tokens, and those on the same memory in longer ones."""
+    """`fused_lora`, by the kernel's reference: joined buffers from the start, none of vLLM's kernels in steps of up to
+    256 tokens, and those on the same memory in longer ones."""
     products = []
 
     def product(x, *arguments, **options):
         products.append(len(x))
         return nf4_linear(x, *arguments, **options)
 
-    def fuse(model):
-        for module in model.lora_manager.modules.values():
-            [weight] = [p.args[0] for p in module.base_layer.shared]
-            module.base_layer.nf4 = weight
-        vllm_engine._fuse_adapters(model)
-
     monkeypatch.setattr(vllm_engine, "nf4_linear", product)
+    monkeypatch.setattr(nf4, "why_not", lambda weights: None)  # no Hopper here
+    monkeypatch.setattr(nf4, "captured", lambda product: product)
+    fresh.engine.close()
+    fresh.make_engine(fused_nf4=True, fused_lora=True)
     engine = fresh.engine
-    engine.llm.apply_model(fuse)
-    slots = engine.llm.apply_model(vllm_engine._open_slot(4))[0]
-    engine._moves = plan(slots, adapters(fresh.model.get_base_model()))
     try:
+        assert engine.fused_lora
         engine.sync(fresh.model)
         for longest in (256, 4):  # all steps in the product, only those of few tokens
             monkeypatch.setattr(vllm_engine, "FUSED_ROWS", longest)

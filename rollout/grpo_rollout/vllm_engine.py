@@ -581,7 +581,12 @@ def __getattr__(name: str) -> Any:
     Between the model with its adapters' layers and the captured graphs vLLM has no door but `load_lora_model`."""
     if name != WORKER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker
 
     class AdapterWorker(Worker):
         def load_model(self, **settings: Any) -> None:
