@@ -198,7 +198,7 @@ def main(args: Args) -> None:
                 [prompts[i] for i in indices],
                 args.group_size,
                 sampling,
-                seed=args.seed + step * world.size + world.rank,
+                seed=(args.seed * 1_000_003 + step) * world.size + world.rank,
             )
         group_prompts = [prompts[i] for i in indices for _ in range(args.group_size)]  # [prompts * group_size]
         ids = [c.token_ids for c in completions]
