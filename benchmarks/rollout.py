@@ -21,8 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
+from grpo.layers import fuse_layers
 from grpo.logprobs import causal_lm, completion_logps
-from grpo.lora import fuse_adapters
 from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
 from grpo.objective import Objective, policy_loss
@@ -60,7 +60,7 @@ class Args:
     fused_lora: bool = False
     """the sampler's adapter within our product"""
     fused_training: bool = False
-    """the trainer's NF4 and adapter's products as one step"""
+    """the trainer's layers in fewer passes over memory (grpo.layers)"""
     kept_layers: int = 0
     """layers that keep their activations rather than compute them again in the backward pass"""
     repeats: int = 3
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
     model = load_policy(args.model, lora_rank=args.lora_rank, device="cuda")
     if args.fused_training:
-        print(f"{fuse_adapters(model)} layers train in one step")
+        print(fuse_layers(model))
     torch.cuda.empty_cache()
     weights = used()
     print(f"trainer loaded: {time.perf_counter() - start:.1f} s, {weights:.2f} GiB in use", flush=True)

@@ -20,7 +20,7 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, nf4_linear, policy_terms
+from grpo_kernels import linear_logprob, nf4_linear, policy_terms, swiglu
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -46,6 +46,11 @@ for narrow, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
         all_pointers = pointers | {"state": "fp32", "data": "fp32", "accumulator": accumulator}
         known = types(all_pointers, integers, "scale half_range")
         compile(kernel, known, 4, SOFTCAP=softcap, BLOCK=2048)
+
+for dtype in ("bf16", "fp16"):
+    pointers = dict.fromkeys("grad gate up out grad_gate grad_up".split(), dtype)
+    for kernel in (swiglu._forward_kernel, swiglu._backward_kernel):
+        compile(kernel, types(pointers, "grad_stride gate_stride up_stride columns", ""), 4, BLOCK=swiglu.BLOCK)
 
 names = "logps old advantages policy policy_slope kl kl_slope log_weight ref importance"
 floats = "low high delta tau_positive tau_other k_positive lambda_positive k_negative lambda_negative"

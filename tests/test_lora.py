@@ -65,6 +65,7 @@ def in_bf16(policy):
     for p in policy.parameters():
         if p.is_floating_point() and not p.requires_grad:
             p.data = p.data.bfloat16()
+    return policy
 
 
 def test_bf16_is_no_worse_than_pefts(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from conftest import write_model
 from test_lora import moved, relative_error, run
 
+from grpo.layers import fuse_layers
 from grpo.lora import fuse_adapters
 from grpo.models import load_policy
 from grpo_rollout.shared_weights import base_linears, share
@@ -13,11 +14,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 IDS = torch.arange(8, 64).repeat(2, 6)[:, :300]  # more rows than the fused product takes
 
 
+@pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing):
-    """Logits and gradients, where q, k, v share storage with a sampler too."""
+def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse):
+    """Logits and gradients, where q, k, v share storage with a sampler too; norms and MLPs as well."""
     folder = str(write_model(tmp_path, architecture, hidden_size=256, intermediate_size=512, head_dim=64,
                              initializer_range=0.05))  # fmt: skip
     exact = run(moved(load_policy(folder, lora_rank=8, lora_alpha=12)), IDS)
@@ -32,7 +34,7 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing):
             return [relative_error(a.cpu(), e) for a, e in zip(run(policy, IDS), exact)]
 
     theirs = errors()
-    fuse_adapters(policy)
+    fuse(policy)
     for ours, peft in zip(errors(), theirs):
         assert ours < 1.2 * peft
 

@@ -1,0 +1,63 @@
+"""A transformers model's layers in fewer passes over memory, for training: norms, gated MLPs, adapted 4-bit layers."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+
+from grpo.lora import fuse_adapters
+from grpo_kernels.swiglu import swiglu
+
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
+MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+class Fused(NamedTuple):
+    """How many layers of each kind were taken over."""
+
+    adapters: int
+    norms: int
+    mlps: int
+
+
+def fuse_layers(model: PeftModel) -> Fused:
+    """Take over the forward of the layers whose classes are known exactly, on the instance; others stay as they are.
+
+    RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
+    `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
+    knows. Values are the same but for fewer roundings; parameters, names and files stay as they are."""
+    norms = [m for m in model.modules() if type(m) in NORMS]
+    mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
+    for norm in norms:
+        norm.forward = functools.partial(_norm, norm, norm.forward)
+    for mlp in mlps:
+        mlp.forward = functools.partial(_mlp, mlp)
+    return Fused(fuse_adapters(model), len(norms), len(mlps))
+
+
+def _activation(mlp: Any) -> Any:
+    return mlp.activation_fn if isinstance(mlp, Phi3MLP) else mlp.act_fn
+
+
+def _norm(norm: Any, plain: Any, x: Tensor) -> Tensor:
+    if x.dtype != norm.weight.dtype:  # transformers then returns the wider of the two
+        return plain(x)
+    with torch.autocast(x.device.type, enabled=False):  # which may ask for fp32, as the kernel computes in anyway
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    if isinstance(mlp, Phi3MLP):
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    else:
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    return mlp.down_proj(swiglu(gate, up))

@@ -1,0 +1,107 @@
+"""silu(gate) * up of a gated MLP (SwiGLU, https://arxiv.org/abs/2002.05202), and its gradient, in one pass each."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on macOS
+    triton = None
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: Literal["triton", "torch"] | None = None) -> Tensor:
+    """silu(gate) * up, rounded once; in torch silu and product write memory apart, and their gradients three times.
+
+    gate, up: [..., columns], one shape, floating dtype and device; views such as the halves of one matrix will do.
+    backend: None picks Triton on CUDA, torch elsewhere. Returns the same shape and dtype, contiguous; differentiable.
+    Raises ValueError, naming what does not fit."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            f"gate is {gate.dtype} {list(gate.shape)} on {gate.device}, up {up.dtype} {list(up.shape)} on {up.device}: "
+            "both must be alike"
+        )
+    if backend is None:
+        backend = "triton" if triton is not None and gate.is_cuda else "torch"
+    elif backend not in ("triton", "torch") or (backend == "triton" and triton is None):
+        raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton), 'torch' or None")
+    if backend == "torch":
+        return swiglu_reference(gate, up)
+    columns = gate.shape[-1]
+    return _SwiGLU.apply(gate.reshape(-1, columns), up.reshape(-1, columns)).view(gate.shape)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same by two operations of torch."""
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = _rows(gate), _rows(up)
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        if out.numel():
+            _forward_kernel[_grid(out)](
+                gate, up, out, gate.stride(0), up.stride(0), out.shape[1], BLOCK=BLOCK, num_warps=4
+            )
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        grad = _rows(grad)
+        grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        if grad.numel():
+            _backward_kernel[_grid(grad)](
+                grad, gate, up, grad_gate, grad_up, grad.stride(0), gate.stride(0), up.stride(0), grad.shape[1],
+                BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+        return grad_gate, grad_up
+
+
+BLOCK = 1024
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return len(x), triton.cdiv(x.shape[1], BLOCK)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _forward_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, columns, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
+        gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        out = gate * tl.sigmoid(gate) * up
+        tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _backward_kernel(
+        grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, grad_stride, gate_stride, up_stride, columns,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """With s = sigmoid(gate): d up = grad gate s, d gate = grad up (s + gate s (1 - s))."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
+        grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        silu = gate * s
+        grad_up = grad * silu
+        grad_gate = grad * up * (s + silu * (1 - s))
+        tl.store(grad_up_ptr + row * columns + column, grad_up.to(grad_up_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_gate_ptr + row * columns + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,81 @@
+"""Norms, gated MLPs and adapted layers in fewer passes: values and gradients are transformers' and PEFT's."""
+
+import pytest
+import torch
+from conftest import write_model
+from test_lora import IDS, in_bf16, moved, relative_error, run
+
+import grpo.layers
+from grpo.layers import MLPS, NORMS, fuse_layers
+from grpo.models import load_policy
+
+LAYERS = {"llama": 7, "qwen2": 7, "mistral": 7, "phi3": 4}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_equals_transformers_and_peft(model_folder, architecture, checkpointing):
+    policy = load_policy(model_folder(architecture), lora_rank=3, lora_alpha=12, gradient_checkpointing=checkpointing)
+    moved(policy)
+    for m in policy.modules():  # a norm whose weights are ones would not tell
+        if type(m) in NORMS:
+            m.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+    expected = run(policy)
+    names = list(policy.state_dict())
+    assert fuse_layers(policy) == (2 * LAYERS[architecture], 2 * 2 + 1, 2)
+    actual = run(policy)
+    for a, e in zip(actual, expected):
+        assert relative_error(a, e) < 1e-5
+    assert list(policy.state_dict()) == names
+
+
+@pytest.mark.parametrize("part", ["norms", "mlps"])
+def test_each_part_is_in_use(model_folder, monkeypatch, part):
+    """What is taken over is what runs: with a wrong formula the logits differ."""
+    policy = moved(load_policy(model_folder(), lora_rank=3))
+    expected = run(policy)[0]
+    fuse_layers(policy)
+    if part == "norms":
+        monkeypatch.setattr(grpo.layers.F, "rms_norm", lambda x, *_: x)
+    else:
+        monkeypatch.setattr(grpo.layers, "swiglu", lambda gate, up: gate * up)
+    assert relative_error(run(policy)[0], expected) > 0.1
+
+
+def test_bf16_is_no_worse(tmp_path):
+    """Errors against fp32, of logits and gradients, summed over six models."""
+    theirs, ours = torch.zeros(2), torch.zeros(2)
+    for seed in range(6):
+        folder = write_model(tmp_path / str(seed), seed=seed, hidden_size=128, intermediate_size=256, head_dim=32,
+                             initializer_range=0.06)  # fmt: skip
+        policy = moved(load_policy(str(folder), lora_rank=8, lora_alpha=12), seed)
+        exact = run(policy)
+        in_bf16(policy)
+        for total in (theirs, ours):
+            with torch.autocast("cpu", torch.bfloat16):
+                total += torch.tensor([relative_error(a, e) for a, e in zip(run(policy), exact)])
+            if total is theirs:
+                fuse_layers(policy)
+    assert (ours < 1.1 * theirs).all()
+    assert (ours > 1e-2).all()  # it was bf16
+
+
+def test_norms_in_fp32_stay_transformers(model_folder):
+    """Some checkpoints keep them so beside activations in bf16, and what comes out then is fp32."""
+    policy = in_bf16(load_policy(model_folder(), lora_rank=3))
+    norm = next(m for m in policy.modules() if type(m) in NORMS)
+    norm.float()
+    x = torch.randn(2, 3, 64).bfloat16()
+    expected = norm(x)
+    fuse_layers(policy)
+    assert norm(x).dtype == torch.float32
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=0)
+
+
+def test_another_activation_is_left_alone(model_folder):
+    policy = load_policy(model_folder(), lora_rank=3)
+    mlp = next(m for m in policy.modules() if type(m) in MLPS)
+    mlp.act_fn = torch.nn.GELU()
+    expected = policy(input_ids=IDS).logits
+    assert fuse_layers(policy).mlps == 1
+    assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5

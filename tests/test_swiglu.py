@@ -1,0 +1,59 @@
+"""silu(gate) * up: the kernel under the interpreter, and the dispatch, against float64."""
+
+import pytest
+import torch
+
+from grpo_kernels.swiglu import swiglu, triton
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="no Triton"))]
+
+
+def run(gate, up, upstream, dtype, backend):
+    leaves = [x.to(dtype).detach().requires_grad_() for x in (gate, up)]
+    out = swiglu(*leaves, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 1024), (4, 1500), (0, 8)], ids=str)
+def test_values_and_gradients(shape, backend):
+    g = torch.Generator().manual_seed(0)
+    gate, up, upstream = (4 * torch.randn(shape, generator=g) for _ in range(3))
+    if gate.numel():
+        gate.view(-1)[0] = -200.0  # sigmoid is 0 there, and exp(200) is not finite
+    for dtype in (torch.float32, torch.float16):
+        rounded = [x.to(dtype) for x in (gate, up, upstream)]
+        actual = run(*rounded, dtype, backend)
+        expected = run(*(x.double() for x in rounded), torch.float64, "torch")
+        for a, e in zip(actual, expected):
+            assert a.dtype == dtype
+            assert a.shape == shape
+            tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
+            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_halves_of_one_matrix(backend):
+    """As Phi-3 has them: rows are strided, and the gradient comes back in one piece."""
+    both = torch.randn(2, 6, 2 * 40, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(1))
+
+    def gradient(x, **options):
+        x.requires_grad_()
+        return torch.autograd.grad(swiglu(*x.chunk(2, -1), **options), x, upstream.to(x.dtype))[0]
+
+    expected = gradient(both.double(), backend="torch")
+    torch.testing.assert_close(gradient(both.clone(), backend=backend).double(), expected, rtol=1e-5, atol=1e-6)
+    columns = both[0].T  # not contiguous along the last dimension
+    out = swiglu(columns[:, :3], columns[:, 3:], backend=backend)
+    torch.testing.assert_close(out, torch.nn.functional.silu(columns[:, :3]) * columns[:, 3:])
+
+
+def test_refusals():
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"gate is torch.float32 \[2, 4\] .* up torch.float32 \[2, 3\].*alike"):
+        swiglu(x, x[:, :3])
+    with pytest.raises(ValueError, match="both must be alike"):
+        swiglu(x, x.double())
+    with pytest.raises(ValueError, match="backend 'cuda'"):
+        swiglu(x, x, backend="cuda")
