@@ -139,7 +139,7 @@ def engine_of_short_answers(make_engine: Any, most: int | None, *args: Any, **se
     generate = engine.generate
 
     def shorter(prompts: Any, group_size: int, sampling: Any, *, seed: int) -> Any:
-        tokens = 1 if group_size == 1 else most or sampling.max_tokens
+        tokens = 1 if group_size == 1 else min(most or sampling.max_tokens, sampling.max_tokens)
         return generate(prompts, group_size, sampling._replace(max_tokens=tokens), seed=seed)
 
     engine.generate = shorter
@@ -199,8 +199,8 @@ def main(args: Args) -> None:
         verdict = "" if peak <= row.limit_gb or not args.limit else "  OVER THE LIMIT"
         print(f"{name:18}{size:>12}{row.limit_gb:10.0f}{peak:9.2f}{before:8.2f}{verdict}", flush=True)
         marks = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith(MARK)]
-        times = [begin, *(float(when) for _, when in marks), end]
-        parts = zip([*(part for part, _ in marks), "steps"], itertools.pairwise(times))
+        moments = [begin, *(float(when) for _, when in marks), end]
+        parts = zip([*(part for part, _ in marks), "steps"], itertools.pairwise(moments))
         print("    peak GB:", ", ".join(f"{part} {smi.most(*span):.2f}" for part, span in parts), end="; ")
         print("ended after s:", ", ".join(f"{part} {float(when) - begin:.0f}" for part, when in marks), flush=True)
         for line in result.stderr.splitlines():

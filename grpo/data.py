@@ -205,7 +205,7 @@ def load_splits(source: str, **fields: Any) -> tuple[list[Example], list[Example
 
     A single file has no splits: one in twenty of its questions is held out, by their hashes, and a warning says so.
     Raises ValueError, as `load_examples`, and for a file too short to hold a question out."""
-    if not Path(source).is_file():
+    if source in SOURCES or source in GENERATED or not Path(source).is_file():
         train, test = (load_examples(source, split=split, **fields) for split in ("train", "test"))
         return train, test
     examples = load_examples(source, **fields)

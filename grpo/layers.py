@@ -60,4 +60,6 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if gate.dtype != up.dtype:  # one in 4 bits, one not: torch takes the wider
+        return mlp.down_proj(F.silu(gate) * up)
     return mlp.down_proj(swiglu(gate, up))

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
-from grpo_kernels.nf4_linear import FUSED_ROWS, Lora, absmax_of, nf4_dequantise, nf4_linear
+from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, Lora, absmax_of, nf4_dequantise, nf4_linear, triton
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""
@@ -41,13 +41,20 @@ def fuse_adapters(model: PeftModel) -> int:
 
 def _is_nf4(base: Any) -> bool:
     state = base.weight.quant_state
-    return state is not None and state.quant_type == "nf4" and state.blocksize == 64
+    return state is not None and (state.quant_type, state.blocksize, base.weight.dtype) == ("nf4", BLOCK, torch.uint8)
+
+
+def _on_nvidia(x: Tensor) -> bool:
+    """Where `grpo_kernels.nf4_linear` has Triton kernels."""
+    return x.is_cuda and triton is not None and not torch.version.hip
 
 
 def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    base = layer.get_base_layer()
     usual = (
-        name in layer.lora_A
+        isinstance(base, bnb.nn.Linear4bit)  # not so in a copy whose weights were dequantised
+        and name in layer.lora_A
         and not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
         and getattr(layer.lora_dropout[name], "p", 0.0) == 0.0
         and layer.lora_B[name].bias is None
@@ -57,10 +64,10 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    decoding = x.is_cuda and len(flat) <= FUSED_ROWS and not torch.is_grad_enabled()
+    decoding = _on_nvidia(x) and len(flat) <= FUSED_ROWS and not torch.is_grad_enabled()
     product = _read_once if decoding else _LoraLinear.apply
-    y = product(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], layer.get_base_layer())
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    y = product(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], base)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 def _read_once(x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
@@ -100,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, summed over the tokens, in the parameters' dtype rather than rounded to the activations' first."""
-    if a.is_cuda and a.dtype != dtype:
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 
@@ -108,6 +115,6 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in], dequantised."""
     state = base.weight.quant_state
-    if base.weight.is_cuda:
+    if _on_nvidia(base.weight):
         return nf4_dequantise(base.weight.data, absmax_of(state), tuple(state.shape), dtype)
     return bnb.functional.dequantize_4bit(base.weight.view(-1, 1), state).to(dtype)

@@ -355,3 +355,9 @@ def test_splits_of_a_folder_and_of_a_single_file(tmp_path, caplog):
     assert {*load_splits(shuffled)[1]} == {*test}  # by the question, wherever it stands
     with pytest.raises(ValueError, match=r"--data .*: 2 questions are too few.*train\.jsonl and test\.jsonl"):
         load_splits(write(tmp_path / "few.jsonl", [e._asdict() | {"answer": e.gold} for e in train[:2]]))
+
+
+def test_a_file_called_as_a_known_set_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "arithmetic").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert load_splits("arithmetic") == (arithmetic_examples(), arithmetic_examples(split="test"))

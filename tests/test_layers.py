@@ -1,5 +1,7 @@
 """Norms, gated MLPs and adapted layers in fewer passes: values and gradients are transformers' and PEFT's."""
 
+import functools
+
 import pytest
 import torch
 from conftest import write_model
@@ -79,3 +81,16 @@ def test_another_activation_is_left_alone(model_folder):
     expected = policy(input_ids=IDS).logits
     assert fuse_layers(policy).mlps == 1
     assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
+
+
+def test_gate_and_up_of_two_types(model_folder):
+    """A checkpoint that leaves one of them in 16 bits, under autocast: torch takes the wider type."""
+    policy = load_policy(model_folder(), lora_rank=3)
+    mlp = next(m for m in policy.modules() if type(m) in MLPS)
+    x = torch.randn(2, 3, 64)
+    fuse_layers(policy)
+    expected = mlp(x)
+    up = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: up(x).double()
+    mlp.down_proj.forward = functools.partial(lambda down, x: down(x.float()), mlp.down_proj.forward)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)

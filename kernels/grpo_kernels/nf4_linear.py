@@ -26,6 +26,7 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -66,6 +67,11 @@ class Lora(NamedTuple):
     a: Tensor  # [slices * rank, K] contiguous, x's dtype: the slices' A one below the other
     b: Tensor  # [N, rank] contiguous, x's dtype, the scaling (alpha / rank) multiplied in
     ends: tuple[int, ...]  # the row of W at which each slice ends, the last N: (N,), or (4096, 5120, 6144) for q, k, v
+
+    def slices(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of W, A [rank, K] and B [rows, rank] of each slice."""
+        for a, (start, end) in zip(self.a.chunk(len(self.ends)), itertools.pairwise((0, *self.ends))):
+            yield slice(start, end), a, self.b[start:end]
 
 
 def absmax_of(quant_state: Any) -> Tensor | NestedAbsmax:
@@ -157,9 +163,7 @@ def nf4_linear_reference(
     y = F.linear(x, nf4_dequantise_reference(packed, absmax, shape, x.dtype), bias)
     if lora is None:
         return y
-    starts = (0, *lora.ends)
-    adapters = zip(lora.a.chunk(len(lora.ends)), (lora.b[i:j] for i, j in itertools.pairwise(starts)))
-    return y + torch.cat([F.linear(F.linear(x, a), b) for a, b in adapters], -1)
+    return y + torch.cat([F.linear(F.linear(x, a), b) for _, a, b in lora.slices()], -1)
 
 
 def nf4_dequantise_reference(
@@ -291,9 +295,8 @@ def _check_lora(x: Tensor, shape: tuple[int, int], bias: Tensor | None, lora: Lo
 
 def _add_lora(y: Tensor, x: Tensor, lora: Lora) -> Tensor:
     """y with the adapter's product added in place: two products a slice."""
-    adapters = zip(lora.a.chunk(len(lora.ends)), itertools.pairwise((0, *lora.ends)))
-    for a, (start, end) in adapters:
-        y[:, start:end].addmm_(x @ a.T, lora.b[start:end].T)
+    for rows, a, b in lora.slices():
+        y[:, rows].addmm_(x @ a.T, b.T)
     return y
 
 
@@ -705,14 +708,14 @@ if triton is not None:
     @triton.jit
     def _permute(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
-        row, block, row_blocks, programs,
+        row, block, column_blocks, programs,
         WIDTH: tl.constexpr,
     ):  # fmt: skip
         """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
 
-        A program takes WIDTH columns of a row, one of row_blocks such blocks. With row_scale_ptr, out is float16 and a
-        row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for bfloat16
-        |x| above 2^-31 of it. A program then takes a whole row."""
+        A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, out is float16 and
+        a row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for
+        bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
         column = block * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
         x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
@@ -723,7 +726,7 @@ if triton is not None:
         x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
         if counters_ptr is not None:
-            first = (row * row_blocks + block) * WIDTH
+            first = (row * column_blocks + block) * WIDTH
             for start in range(first, counters, programs * WIDTH):
                 index = start + tl.arange(0, WIDTH)
                 tl.store(counters_ptr + index, tl.zeros((WIDTH,), tl.int32), mask=index < counters)
@@ -735,7 +738,7 @@ if triton is not None:
     ):  # fmt: skip
         """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, float32; zero
         where row or r pads. One [ROWS, RANK_TILE] tile of it a program."""
-        which = program % slices
+        slice_index = program % slices
         program = program // slices
         row_blocks = shrunk_rows // ROWS
         split = program // row_blocks
@@ -744,7 +747,7 @@ if triton is not None:
         # A warp would go through all columns, one product waiting for the other: so each has a quarter of a block.
         column = tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :, None] * row_stride + column[:, None, :] * stride
-        a_pointers = a_ptr + (which * RANK + rank)[None, None, :] * columns + column[:, :, None]
+        a_pointers = a_ptr + (slice_index * RANK + rank)[None, None, :] * columns + column[:, :, None]
         accumulator = tl.zeros((4, ROWS, RANK_TILE), tl.float32)
         for block in range(split * share, tl.minimum((split + 1) * share, columns // BLOCK)):
             x = tl.load(x_pointers + block * BLOCK * stride, mask=(row < rows)[None, :, None], other=0.0)
@@ -754,7 +757,7 @@ if triton is not None:
             else:
                 accumulator = tl.dot(x, a, accumulator)
         pointers = shrunk_ptr + (split * shrunk_rows + row).to(tl.int64)[:, None] * slices * RANK_TILE
-        tl.store(pointers + (which * RANK_TILE + rank)[None, :], tl.sum(accumulator, 0))
+        tl.store(pointers + (slice_index * RANK_TILE + rank)[None, :], tl.sum(accumulator, 0))
 
     @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
     def _permute_kernel(
@@ -782,10 +785,11 @@ if triton is not None:
                 )  # fmt: skip
             else:
                 program -= shrink_programs
-                row_blocks = tl.cdiv(columns, WIDTH)
+                column_blocks = tl.cdiv(columns, WIDTH)
                 _permute(
                     x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
-                    program // row_blocks, program % row_blocks, row_blocks, tl.num_programs(0) - shrink_programs,
+                    program // column_blocks, program % column_blocks, column_blocks,
+                    tl.num_programs(0) - shrink_programs,
                     WIDTH,
                 )  # fmt: skip
 
@@ -804,7 +808,7 @@ if triton is not None:
         DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
     ):  # fmt: skip
         """y + B s^T, [N_TILE, ROW_TILE] float32: s the sum of the parts of x A^T, rounded to DTYPE."""
-        which = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
+        slice_index = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
         step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
         # More ranks, or more loads under way, would spill registers.
         PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (y.shape[0] * y.shape[1])))
@@ -812,7 +816,8 @@ if triton is not None:
         for first in tl.static_range(0, RANK_TILE, PART):
             rank = first + tl.arange(0, PART)
             b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
-            pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE + (which * RANK_TILE + rank)[:, None]
+            pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
+            pointers += (slice_index * RANK_TILE + rank)[:, None]
             s = tl.zeros((PART, row.shape[0]), tl.float32)
             for part in range(0, shrink_splits, AT_ONCE):
                 for i in tl.static_range(AT_ONCE):

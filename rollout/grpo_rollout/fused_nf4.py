@@ -25,25 +25,27 @@ def plain(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
 
 
 def with_adapter(rank: int) -> tuple[Product, Product]:
-    """`fused` and `plain` with an adapter as large as the weight itself added: in the kernel, and in torch."""
+    """`fused` and `plain` with an adapter as large as the weight itself added: in the kernel, and in torch.
+
+    It has three slices, as joined layers have, where the weight has rows for them."""
     made: dict[tuple, Lora] = {}
 
     def adapter(weight: Quantized, x: torch.Tensor) -> Lora:
         key = (weight.shape, x.dtype)
         if key not in made:  # at the first call: a capture of the second may draw no numbers
+            ends = (64, 128, weight.rows) if weight.rows > 128 else (weight.rows,)
             generator = torch.Generator(x.device).manual_seed(1)
-            a = torch.randn(rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
+            a = torch.randn(len(ends) * rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
             b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
             b *= dequantized(weight, x.dtype)[0].float().norm()
-            made[key] = Lora(a.to(x.dtype), b.to(x.dtype), (weight.rows,))
+            made[key] = Lora(a.to(x.dtype), b.to(x.dtype), ends)
         return made[key]
 
     def tried(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
         return nf4_linear(x, weight.packed, weight.absmax, weight.shape, lora=adapter(weight, x))
 
     def reference(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
-        a, b, _ = adapter(weight, x)
-        return plain(weight, x) + nn.functional.linear(nn.functional.linear(x, a), b)
+        return plain(weight, x) + torch.cat([x @ a.T @ b.T for _, a, b in adapter(weight, x).slices()], 1)
 
     return tried, reference
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -268,6 +269,7 @@ class VLLMEngine:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         if self._asleep:
+            torch.cuda.empty_cache()
             self.llm.wake_up()
         # vLLM's allocator gives its pools back in shutdown(), which must find nothing alive in them.
         self._moves = []
@@ -617,7 +619,17 @@ def _fuse_adapters(model: Any) -> Any:
 
 
 def _forget_adapters(worker: Any) -> None:
-    del worker.model_runner.lora_manager
+    """Drop all that holds the adapters' buffers: the worker's manager, the layers' replaced forwards, and the tables of
+    pointers in vLLM's kernels, which keep single tensors as they are."""
+    model = worker.model_runner.get_model()
+    for module in model.lora_manager.modules.values():
+        module.__dict__.pop("apply", None)
+        module.lora_a_stacked = module.lora_b_stacked = ()
+    del worker.model_runner.lora_manager, model.lora_manager
+    tables = sys.modules.get("vllm.lora.ops.triton_ops.utils")
+    if tables is not None:
+        tables._LORA_A_PTR_DICT.clear()
+        tables._LORA_B_PTR_DICT.clear()
 
 
 def _apply_with_adapter(

@@ -5,6 +5,7 @@ import torch
 from conftest import write_model
 from test_lora import moved, relative_error, run
 
+import grpo.lora
 from grpo.layers import fuse_layers
 from grpo.lora import fuse_adapters
 from grpo.models import load_policy
@@ -39,8 +40,11 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse)
         assert ours < 1.2 * peft
 
 
-def test_few_rows_without_gradient(tmp_path):
-    """As the torch engine decodes: the fused product, its adapter included."""
+def test_few_rows_without_gradient(tmp_path, monkeypatch):
+    """As the torch engine decodes: the fused product, its adapter included; with a gradient or more rows it is not."""
+    taken = []
+    read_once = grpo.lora._read_once
+    monkeypatch.setattr(grpo.lora, "_read_once", lambda x, *rest: taken.append(len(x)) or read_once(x, *rest))
     folder = str(write_model(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.05))
     with torch.no_grad():
         exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12))(input_ids=IDS[:, :20]).logits
@@ -51,3 +55,8 @@ def test_few_rows_without_gradient(tmp_path):
                 errors.append(relative_error(policy(input_ids=IDS[:, :20].cuda()).logits.cpu(), exact))
             fuse_adapters(policy)
     assert errors[1] < 1.2 * errors[0]
+    assert taken == [40] * 14
+    policy(input_ids=IDS[:, :20].cuda())  # with gradient
+    with torch.no_grad():
+        policy(input_ids=IDS[:, :150].cuda())  # 300 rows
+    assert len(taken) == 14
