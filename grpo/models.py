@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -222,23 +223,25 @@ def load_policy(
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     base.requires_grad_(False)
-    if adapter:
-        policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-        policy.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
-        policy.set_adapter("default")
-    else:
-        torch.manual_seed(seed)
-        policy = get_peft_model(
-            base,
-            LoraConfig(
-                r=lora_rank,
-                lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
-                target_modules=modules,
-                lora_dropout=0.0,
-                bias="none",
-                task_type="CAUSAL_LM",
-            ),
-        )
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 for an attribute by its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        if adapter:
+            policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+            policy.load_adapter(str(adapter), adapter_name=REFERENCE, is_trainable=False)
+            policy.set_adapter("default")
+        else:
+            torch.manual_seed(seed)
+            policy = get_peft_model(
+                base,
+                LoraConfig(
+                    r=lora_rank,
+                    lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
+                    target_modules=modules,
+                    lora_dropout=0.0,
+                    bias="none",
+                    task_type="CAUSAL_LM",
+                ),
+            )
     for module in policy.modules():  # an adapter from elsewhere, or a base model, may ask for some
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 
 import bitsandbytes as bnb
 import pytest
@@ -52,6 +53,12 @@ def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, ar
     with reference_policy(policy):
         torch.testing.assert_close(policy(IDS).logits, expected, rtol=0, atol=0)
     assert (policy(IDS).logits - expected).abs().max() > 1e-3
+
+
+def test_loading_warns_of_nothing(model_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load_policy(model_folder(), lora_rank=4, gradient_checkpointing=True)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model_folder):
