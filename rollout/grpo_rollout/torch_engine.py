@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from grpo.logprobs import causal_lm
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.kv_cache import decoding, growing_cache
 
@@ -40,6 +42,9 @@ class TorchEngine:
         self.eos_ids = sorted(set(eos_ids))
         self.pad_id = pad_id
         self.max_tokens_in_flight = max_tokens_in_flight
+        # transformers has a new name for it since 5.24, and warns of the old one.
+        known = inspect.signature(causal_lm(model).forward).parameters
+        self.cache_argument = "cache" if "cache" in known else "past_key_values"
 
     def sync(self, model: nn.Module) -> None:
         if model is not self.model:
@@ -126,9 +131,9 @@ class TorchEngine:
                 input_ids=ids,
                 attention_mask=attention,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self.cache_argument: cache},
             )
         return output.logits[:, -1].float()
 
