@@ -73,7 +73,7 @@ def test_rows_that_end_at_different_times(tmp_path, monkeypatch, architecture, s
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", architecture, **settings))
     eos, seen = [2, 3, 20, 30], []
     model.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)) if "past_key_values" in kwargs else None,
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)) if kwargs.get("use_cache") else None,
         with_kwargs=True,
     )
     prompts = [*PROMPTS, [1, *range(8, 28)]]
