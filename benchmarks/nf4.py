@@ -264,7 +264,7 @@ def check(args: Args) -> bool:
 
 
 def candidates(rows: int) -> list[nf4.Tiles]:
-    """Tiles to try; splits are filled in for each shape. The first is the default, which scales sums, not weights."""
+    """Tiles to try; splits are filled in for each shape. The first scale sums, the others weights."""
     T = nf4.Tiles
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
     if rows <= 32:
@@ -311,8 +311,8 @@ def compile_tiles(args: Args) -> bool:
     for splits in (1, 2):
         t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
-            problem = f"error {fused_error(x, weight, t, exact):.2e}"
-            good = fused_error(x, weight, t, exact) < 3e-3
+            error = fused_error(x, weight, t, exact)
+            problem, good = f"error {error:.2e}", error < 3e-3
         except Exception as failure:  # too much shared memory, say
             problem, good = f"{type(failure).__name__} {str(failure)[:200]}", False
         if not good:
@@ -370,7 +370,7 @@ def tune_shape(
     pdl = next(iter(first.values())).pdl
     tries = list(first.values())
     for t in candidates(rows):
-        tries += [t._replace(splits=s, pdl=pdl) for s in splits_of(t, n, k, rows, multiprocessors())]
+        tries += [t._replace(splits=s, pdl=pdl) for s in splits_of(t, n, k, rows, nf4._multiprocessors(x.device))]
     tries = [t for t in dict.fromkeys(tries) if t._replace(splits=1, pdl=False) in good]
     times, errors = {}, {}
     for t in tries:
@@ -394,23 +394,20 @@ def tune_shape(
     return {t: times[t] for t in ranked}
 
 
-def multiprocessors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 4
-
-
 def tune(args: Args, good: set[nf4.Tiles]) -> None:
     """good: the tiles to try."""
     shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
     weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
-    pdl = DEVICE == "cuda" and nf4.is_hopper(weights[0].packed.device)
+    device = weights[0].packed.device
+    pdl = DEVICE == "cuda" and nf4.is_hopper(device)
     for rows in args.rows:
         x = inputs(shapes, rows)
-        chosen: dict[str, dict] = {"default": {}, "scaled": {}, "best": {}}
+        chosen: dict[str, dict] = {"unscaled": {}, "scaled": {}, "best": {}}
         sums = dict.fromkeys(chosen, 0.0)
         for shape in dict.fromkeys(shapes):
             first = {
-                name: nf4.choose_tiles(rows, *shape, multiprocessors(), name == "scaled")._replace(pdl=pdl)
-                for name in ("default", "scaled")
+                name: nf4.choose_tiles(rows, *shape, nf4._multiprocessors(device), name == "scaled")._replace(pdl=pdl)
+                for name in ("unscaled", "scaled")
             }
             times = tune_shape([w for w in weights if w.shape == shape], x[shape[1]], args, good, first)
             for name, t in {**first, "best": next(iter(times), None)}.items():

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
 from grpo.layers import fuse_layers
-from grpo.logprobs import causal_lm, completion_logps
+from grpo.logprobs import completion_logps
 from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
 from grpo.objective import Objective, policy_loss
@@ -143,7 +143,7 @@ def main(args: Args) -> None:
     start = time.perf_counter()
     torch.cuda.init()
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
-    model = load_policy(args.model, lora_rank=args.lora_rank, device="cuda")
+    model = load_policy(args.model, lora_rank=args.lora_rank, gradient_checkpointing=True, device="cuda")
     if args.fused_training:
         print(fuse_layers(model))
     torch.cuda.empty_cache()
@@ -249,7 +249,6 @@ def main(args: Args) -> None:
         return gap / sum(map(len, ids))
 
     with stage("steps"):
-        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for layer in layers[max(0, len(layers) - args.kept_layers) :]:
             layer.gradient_checkpointing = False

@@ -72,10 +72,15 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **
 
 def _read_once(x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
     """Without gradient, for few rows: the 4-bit weight is not dequantised to memory first, where the kernel applies."""
-    state, bias = base.weight.quant_state, None if base.bias is None else base.bias.to(x.dtype)
+    low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
+    state = base.weight.quant_state
     shape = (state.shape[0], state.shape[1])
-    lora = Lora(a.to(x.dtype), (b * scaling).to(x.dtype), shape[:1])
-    return nf4_linear(x, base.weight.data, absmax_of(state), shape, bias, lora=lora)
+    return nf4_linear(x, base.weight.data, absmax_of(state), shape, bias, lora=Lora(low, scaled, shape[:1]))
+
+
+def _operands(a: Tensor, b: Tensor, scaling: float, base: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+    """A, B with the scaling in it, and the bias, in the products' dtype."""
+    return a.to(dtype), (b * scaling).to(dtype), None if base.bias is None else base.bias.to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -83,8 +88,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
-        low, scaled = a.to(x.dtype), (b * scaling).to(x.dtype)
-        bias = None if base.bias is None else base.bias.to(x.dtype)
+        low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
         shrunk = x @ low.T
         y = nn.functional.linear(x, _weight(base, x.dtype), bias).addmm_(shrunk, scaled.T)
         ctx.save_for_backward(x, shrunk, low, scaled)

@@ -10,6 +10,7 @@ from conftest import write_model
 from peft.tuners.lora.bnb import Linear4bit
 
 import grpo.lora
+from grpo.layers import fuse_layers
 from grpo.lora import fuse_adapters
 from grpo.models import load_policy, reference_policy, trainable_parameters
 from grpo_rollout.engine import Sampling
@@ -68,7 +69,8 @@ def in_bf16(policy):
     return policy
 
 
-def test_bf16_is_no_worse_than_pefts(tmp_path):
+@pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
+def test_bf16_is_no_worse(tmp_path, fuse):
     """Errors against fp32, of logits and gradients, summed over six models."""
     theirs, ours = torch.zeros(2), torch.zeros(2)
     for seed in range(6):
@@ -81,7 +83,7 @@ def test_bf16_is_no_worse_than_pefts(tmp_path):
             with torch.autocast("cpu", torch.bfloat16):
                 total += torch.tensor([relative_error(a, e) for a, e in zip(run(policy), exact)])
             if total is theirs:
-                fuse_adapters(policy)
+                fuse(policy)
     assert (ours < 1.1 * theirs).all()
     assert (ours > 1e-2).all()  # it was bf16
 

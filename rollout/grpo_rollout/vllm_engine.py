@@ -155,7 +155,7 @@ class VLLMEngine:
         self.fused_lora = fused_lora and self.fused_nf4 and room <= FUSED_RANK and self._may_fuse_adapter(joined, room)
         """whether the adapter's products are part of them"""
         vllm = _import_vllm()
-        _register(base, joined, dequantize, self.fused_nf4, self.fused_lora)
+        _register(base, joined, dequantize, self.fused_nf4)
         parallel = {}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
@@ -269,8 +269,7 @@ class VLLMEngine:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         if self._asleep:
-            torch.cuda.empty_cache()
-            self.llm.wake_up()
+            self._wake()
         # vLLM's allocator gives its pools back in shutdown(), which must find nothing alive in them.
         self._moves = []
         self.llm.collective_rpc(_forget_adapters)
@@ -336,14 +335,17 @@ class VLLMEngine:
         if not self._asleep:
             yield
             return
-        with self._timed("wake"):
-            torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
-            self.llm.wake_up()
-        self._asleep = False
+        self._wake()
         try:
             yield
         finally:
             self._sleep()
+
+    def _wake(self) -> None:
+        with self._timed("wake"):
+            torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
+            self.llm.wake_up()
+        self._asleep = False
 
     def _sleep(self) -> None:
         with self._timed("sleep"):
@@ -446,7 +448,7 @@ class _Joined:
         return self.made[tuple(names)], torch.cat(biases) if biases else None
 
 
-def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool, fused_lora: bool) -> None:
+def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> None:
     """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -504,7 +506,7 @@ def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool, fus
             pass
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4, fused_lora)
+            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4)
 
     if base.get_input_embeddings().weight.device.type == "cuda":
         _register_backend()
@@ -523,14 +525,7 @@ def _register_backend() -> None:
 
 
 def _hand_over(
-    base: Any,
-    joined: _Joined,
-    sampler: Any,
-    linear: Any,
-    dtype: torch.dtype,
-    dequantize: bool,
-    fused_nf4: bool,
-    fused_lora: bool,
+    base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool, fused_nf4: bool
 ) -> None:
     """Make every parameter of vLLM's model the trainer's tensor."""
     tensors = {
@@ -553,7 +548,7 @@ def _hand_over(
             storage = first.packed if isinstance(first, Quantized) else first.weight
             module.weight = nn.Parameter(storage, requires_grad=False)
             module.shared = [_product(w, fused_nf4) for w in weights]
-            module.nf4 = first if fused_lora and len(weights) == 1 and isinstance(first, Quantized) else None
+            module.nf4 = first if fused_nf4 and len(weights) == 1 and isinstance(first, Quantized) else None
             if bias is not None:
                 module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             continue
