@@ -1,6 +1,7 @@
 """The few collectives GRPO needs. Every quantity is a function of rank and world size; alone, each is the identity."""
 
 import atexit
+import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,13 +29,17 @@ def init_distributed() -> World:
     if size == 1:
         return World(device=device)
     if not dist.is_initialized():
+        # Imported later (the first optimizer does), its functions would take the group for a default argument and hold
+        # it for good: gloo's threads then outlive `_leave`.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _leave() -> None:
-    """gloo's threads must have ended before the process does, or now and then it aborts when all work is done."""
+    """gloo's threads must have ended before the interpreter does: one that asks for its lock afterwards is unwound, and
+    now and then the process aborts when all its work is done (`terminate called without an active exception`)."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 from run_driver import RECIPE, Args, parts, train
 from safetensors.torch import load_file
 
-from grpo.distributed import World
+from grpo.distributed import init_distributed
 from grpo.run import command_line, fingerprint, read_metrics, read_run, start_run, strip_times
 from grpo.watch import View, alarms, format_line
 
@@ -572,11 +573,18 @@ def test_a_tracker_that_cannot_begin_leaves_the_directory_s_name_free(tmp_path, 
 # --------------------------------------------------------------------------------------------------- several ranks
 
 
+def thread_names(*parts: str) -> list[str]:
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it ended meanwhile
+            names.append(path.read_text().strip())
+    return [name for name in names if any(part in name for part in parts)]
+
+
 def rank_of_two(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    world = World(rank, 2, torch.device("cpu"))
+    world = init_distributed()
     directory = Path(folder, "run")
 
     def signal_one_rank(run, step):
@@ -592,8 +600,11 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
     with pytest.raises(ValueError, match="exists"):  # told to both ranks, so that neither waits
         start_run(Args(run_dir=directory), recipe=RECIPE, world=world)
     assert not run.guard_finite(1, float("nan") if rank == 1 else 0.0, 1.0)  # agreed on
+    torch.distributed.destroy_process_group()  # as at exit: what holds the group keeps threads that can abort the exit
+    deadline = time.monotonic() + 20  # a thread that has been joined stays in /proc a moment longer
+    while names := thread_names("gloo", "store"):
+        assert time.monotonic() < deadline, names
     Path(folder, f"done-{rank}").touch()
-    torch.distributed.destroy_process_group()  # its threads, left running, abort the exit now and then
 
 
 def test_two_ranks_write_one_run_and_stop_together(tmp_path):
