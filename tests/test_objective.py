@@ -125,6 +125,12 @@ def assert_same(ours, theirs, tolerance=1e-6):
     assert theirs[1].abs().max() > 1e-3
 
 
+def unweighted(level):
+    """At sequence level the peers weigh a token's KL estimate by the sequence's ratio, which is not the divergence's
+    gradient (`test_kl_estimators_in_expectation`): there the estimate without weight is compared."""
+    return "k3" if level == "sequence" else None
+
+
 # every combination that TRL's loss knows and that we do not refuse
 VARIANTS = [
     (loss, level, beta, delta)
@@ -149,13 +155,16 @@ def epsilons(loss):
 @pytest.mark.parametrize(("loss", "level", "beta", "delta"), VARIANTS)
 def test_equals_trl(loss, level, beta, delta):
     ours, theirs = epsilons(loss)
-    objective = Objective(loss=loss, level=None if loss == "vespo" else level, beta=beta, delta=delta, **ours)
+    kl = unweighted(level) if beta else None
+    objective = Objective(loss=loss, level=None if loss == "vespo" else level, beta=beta, kl=kl, delta=delta, **ours)
     for seed in range(3):
         b = ragged_batch(seed)
         ref = {"ref_logps": b.ref_logps} if beta else {}
         assert_same(
             loss_and_gradient(b, objective, **ref),
-            trl_loss_and_gradient(b, loss=loss, level=level, beta=beta, delta=delta, epsilon=theirs),
+            trl_loss_and_gradient(
+                b, loss=loss, level=level, beta=beta, delta=delta, weighted_kl=not kl, epsilon=theirs
+            ),
         )
 
 
@@ -164,14 +173,15 @@ def test_equals_liger(loss, level, beta, delta):
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
     ours, theirs = epsilons(loss)
-    objective = Objective(loss=loss, level=None if loss == "vespo" else level, beta=beta, delta=delta, **ours)
+    kl = unweighted(level) if beta else None
+    objective = Objective(loss=loss, level=None if loss == "vespo" else level, beta=beta, kl=kl, delta=delta, **ours)
     for seed in range(3):
         b = ragged_batch(seed)
         logps = b.logps.clone().requires_grad_()
         value, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
             logps, b.mask.float(), b.advantages, b.mask.float(), b.ref_logps, b.old_logps,
             epsilon_low=theirs[0], epsilon_high=theirs[1], beta=beta, loss_type=loss, max_completion_length=MAX_LENGTH,
-            importance_sampling_level=level, delta=delta, use_bias_correction_kl=True,
+            importance_sampling_level=level, delta=delta, use_bias_correction_kl=not kl,
         )  # fmt: skip
         ref = {"ref_logps": b.ref_logps} if beta else {}
         assert_same(loss_and_gradient(b, objective, **ref), (value.detach(), torch.autograd.grad(value, logps)[0]))
@@ -361,24 +371,26 @@ def test_paper_defaults():
         assert torch.equal(loss_and_gradient(b, short)[1], loss_and_gradient(b, long)[1]), short
 
 
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
 @pytest.mark.parametrize("old_shift", [0.0, 0.7])
-def test_kl_estimators_in_expectation(old_shift):
-    """Over all outcomes of a categorical: which divergence's gradient each estimator has."""
+def test_kl_estimators_in_expectation(old_shift, loss):
+    """Over all sequences of two independent tokens: which divergence's gradient each estimator has."""
     g = torch.Generator().manual_seed(0)
-    theta = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
-    ref = torch.randn(5, generator=g, dtype=torch.float64).log_softmax(0)
-    logps = theta.log_softmax(0)
-    old = (theta + old_shift * torch.randn(5, generator=g, dtype=torch.float64)).log_softmax(0).detach()
-    reverse = (logps.exp() * (logps - ref)).sum()  # KL(policy || reference)
-    forward = (ref.exp() * (ref - logps)).sum()
+    theta = torch.randn(2, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(2, 4, generator=g, dtype=torch.float64).log_softmax(1)
+    logps = theta.log_softmax(1)
+    old = (theta + old_shift * torch.randn(2, 4, generator=g, dtype=torch.float64)).log_softmax(1).detach()
+    reverse = (logps.exp() * (logps - ref)).sum() / 2  # KL(policy || reference), a token
+    forward = (ref.exp() * (ref - logps)).sum() / 2
     gradient = {name: torch.autograd.grad(x, theta, retain_graph=True)[0] for name, x in
                 {"reverse": reverse, "forward": forward}.items()}  # fmt: skip
     for kl in ("k1", "k2", "k3", "k3_ratio"):
         value = torch.zeros((), dtype=torch.float64)
-        for i, p in enumerate(old.exp()):  # each outcome weighed by the probability that it is sampled
-            loss, _ = policy_loss(logps[None, i : i + 1], old[None, i : i + 1], torch.zeros(1), torch.ones(1, 1),
-                                  Objective(beta=1.0, kl=kl), ref_logps=ref[None, i : i + 1])  # fmt: skip
-            value = value + p * loss
+        for tokens in itertools.product(range(4), repeat=2):
+            sampled, before, reference = (x[range(2), tokens][None] for x in (logps, old, ref))
+            one, _ = policy_loss(sampled, before, torch.zeros(1), torch.ones(1, 2),
+                                 Objective(loss=loss, beta=1.0, kl=kl), ref_logps=reference)  # fmt: skip
+            value = value + before.sum().exp() * one  # weighed by the probability that it is sampled
         (actual,) = torch.autograd.grad(value, theta, retain_graph=True)
         if kl == "k3_ratio":
             torch.testing.assert_close(value, reverse)

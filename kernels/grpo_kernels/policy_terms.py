@@ -140,12 +140,13 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def kl_terms(logps: Tensor, ref_logps: Tensor, log_weight: Tensor, kl: Kl) -> Tensor:
+def kl_terms(logps: Tensor, ref_logps: Tensor, log_ratio: Tensor, kl: Kl) -> Tensor:
     """Per-token estimate of KL(policy || reference), [batch, time], from tokens sampled by the policy.
 
     With d = ref_logps - logps (http://joschu.net/blog/kl-approx.html):
-    k1 = -d; k2 = d^2 / 2; k3 = e^d - d - 1; k3_ratio = w k3 (DeepSeek-V3.2, arXiv 2512.02556; the default of
-    TRL >= 1.10): the value of k3 on policy, and the gradient of the KL divergence itself."""
+    k1 = -d; k2 = d^2 / 2; k3 = e^d - d - 1; k3_ratio = e^log_ratio k3 (DeepSeek-V3.2, arXiv 2512.02556; the default of
+    TRL >= 1.10): the value of k3 on policy, and the gradient of the KL divergence itself. The ratio is the token's
+    whatever the loss's level: a sequence's geometric mean would pass each token a 1 / |o| of its share."""
     d = ref_logps - logps
     if kl == "k1":
         return -d
@@ -153,7 +154,7 @@ def kl_terms(logps: Tensor, ref_logps: Tensor, log_weight: Tensor, kl: Kl) -> Te
         return d.square() / 2
     d = d.clamp(max=MAX_LOG_RATIO)
     k3 = d.exp() - d - 1
-    return k3 * log_weight.exp() if kl == "k3_ratio" else k3
+    return k3 * log_ratio.clamp(max=MAX_LOG_RATIO).exp() if kl == "k3_ratio" else k3
 
 
 def clip_range(loss: str, epsilon: float | None = None, epsilon_high: float | None = None) -> tuple[float, float]:
@@ -275,7 +276,7 @@ def _terms(
     policy = row.term(tokens, shape)
     if importance is not None and not row.folds_importance:
         policy = policy * importance
-    estimate = None if ref_logps is None else clean(kl_terms(logps, clean(ref_logps.detach()), log_weight, kl))
+    estimate = None if ref_logps is None else clean(kl_terms(logps, clean(ref_logps.detach()), log_ratio, kl))
     return PolicyTerms(clean(policy), estimate, clean(log_weight.detach()))
 
 
@@ -313,27 +314,22 @@ class _FusedTerms(torch.autograd.Function):
                 TERM=row.term.__name__, SEQUENCE=level == "sequence", KL=None if ref_logps is None else kl,
                 IMPORTANCE=importance is not None, BLOCK=min(1024, triton.next_power_of_2(time)),
             )  # fmt: skip
-        ctx.save_for_backward(keep, policy_slope, kl_slope, log_weight, estimate)
+        ctx.save_for_backward(keep, policy_slope, kl_slope)
         # at sequence level a term moves with w, and w with every token of the sequence; what has w under a
-        # stop-gradient, and the KL estimate's own logp, move with their own token only
-        ctx.policy_by_sequence = level == "sequence" and row.term in (clipped, sapo)
-        ctx.kl_by_sequence = level == "sequence" and kl == "k3_ratio" and ref_logps is not None
+        # stop-gradient, and the KL estimate, move with their own token only
+        ctx.by_sequence = level == "sequence" and row.term in (clipped, sapo)
         ctx.mark_non_differentiable(log_weight)
         return policy, estimate, log_weight
 
     @staticmethod
     def backward(ctx: Any, grad_policy: Tensor, grad_kl: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
-        keep, policy_slope, kl_slope, log_weight, estimate = ctx.saved_tensors
-        policy = grad_policy * policy_slope
-        grad = torch.zeros_like(policy) if ctx.policy_by_sequence else policy
-        by_sequence = policy if ctx.policy_by_sequence else torch.zeros_like(policy)
+        keep, policy_slope, kl_slope = ctx.saved_tensors
+        grad = grad_policy * policy_slope
+        if ctx.by_sequence:
+            share = grad.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
+            grad = torch.where(keep, share, 0.0)
         if kl_slope is not None:
             grad = grad + grad_kl * kl_slope
-            if ctx.kl_by_sequence:
-                by_sequence = by_sequence + torch.where(log_weight < MAX_LOG_RATIO, grad_kl * estimate, 0.0)
-        if ctx.policy_by_sequence or ctx.kl_by_sequence:
-            share = by_sequence.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
-            grad = grad + torch.where(keep, share, 0.0)
         return grad, *[None] * 9
 
 
@@ -351,7 +347,7 @@ if triton is not None:
         """One sequence: every token's policy term and KL estimate, and their derivatives.
 
         policy_slope: d policy / d logp, or d policy / d log w at sequence level where w is not under a stop-gradient.
-        kl_slope: d kl / d logp, at sequence level without the part through w (that part is kl itself).
+        kl_slope: d kl / d logp.
         Formulas: the torch functions of this file.
         """
         row = tl.program_id(0).to(tl.int64)
@@ -385,7 +381,8 @@ if triton is not None:
             old = tl.load(old_ptr + row * time + t, mask=keep, other=0.0).to(tl.float32)
             pointers = advantages_ptr + row * advantage_row + t * advantage_column
             advantages = tl.load(pointers, mask=keep, other=0.0).to(tl.float32)
-            raw = logps - old
+            log_ratio = logps - old
+            raw = log_ratio
             if SEQUENCE:
                 raw = tl.where(keep, mean_log_ratio, 0.0)
             log_weight = tl.minimum(raw, max_log_ratio)
@@ -440,9 +437,8 @@ if triton is not None:
                     kl = power - bounded - 1
                     slope = tl.where(d <= max_log_ratio, 1 - power, 0.0)
                     if KL == "k3_ratio":
-                        slope = slope * w
-                        if not SEQUENCE:
-                            slope += kl * w_slope
-                        kl = kl * w
+                        ratio = tl.exp(tl.minimum(log_ratio, max_log_ratio))
+                        slope = slope * ratio + tl.where(log_ratio <= max_log_ratio, kl * ratio, 0.0)
+                        kl = kl * ratio
                 tl.store(kl_ptr + row * time + t, tl.where(keep, kl, 0.0), mask=inside)
                 tl.store(kl_slope_ptr + row * time + t, tl.where(keep, slope, 0.0), mask=inside)
