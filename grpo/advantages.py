@@ -5,7 +5,7 @@ standard deviation, so the rest of its group is as if it had been sampled withou
 n - 1, as in TRL and verl.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from grpo.distributed import World, all_gather
+from grpo.rewards import Scores
 
 Rewards = Sequence[float | None] | Tensor
 Scale = Literal["group", "batch", "none"]
@@ -63,27 +64,18 @@ def counted_samples(estimator: Estimator, zero_variance: Tensor, truncated: Sequ
     return counted
 
 
-def estimate_advantages(
-    estimator: Estimator,
-    total: Rewards,
-    group_size: int,
-    *,
-    by_function: Mapping[str, Rewards] | None = None,
-    weights: Sequence[float] | None = None,
-    world: World | None = None,
-) -> Tensor:
-    """`group_advantages` of the total rewards or `gdpo_advantages` of each function's, as the flags say.
+def estimate_advantages(estimator: Estimator, scores: Scores, group_size: int, *, world: World | None = None) -> Tensor:
+    """`group_advantages` of the total rewards or `gdpo_advantages` of each function's by its weight, as the flags say.
 
-    total, by_function: this rank's rewards, whole groups; returns this rank's advantages.
+    scores: this rank's (`grpo.rewards.score`), whole groups; returns this rank's advantages, [samples] float32.
     world: "the batch" of --scale batch and --aggregate gdpo is the whole step's, of all ranks. Every rank must call it.
     """
-    if estimator.aggregate == "gdpo" and by_function is None:
-        raise ValueError("by_function is None with --aggregate gdpo: pass each reward function's values")
     world = world or World()
-    mine = [total] if estimator.aggregate == "sum" else list((by_function or {}).values())
+    mine: list[Rewards] = [scores.total] if estimator.aggregate == "sum" else [*scores.by_function.values()]
     ranks = all_gather([_tensor(rewards) for rewards in mine], world)  # [ranks][functions][the rank's samples]
     step = [torch.cat(of_function) for of_function in zip(*ranks)]
     if estimator.aggregate == "gdpo":
+        weights = [scores.weights[name] for name in scores.by_function]
         advantages = gdpo_advantages(step, group_size, weights=weights)
     else:
         advantages = group_advantages(step[0], group_size, scale=estimator.scale, baseline=estimator.baseline)

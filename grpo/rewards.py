@@ -278,6 +278,8 @@ class Scores(NamedTuple):
     """weighted sum a completion; None where a function failed on it, or none had anything to say"""
     by_function: dict[str, list[float | None]]
     """the functions' own values, without weights"""
+    weights: dict[str, float]
+    """theirs in the total"""
     failures: list[Failure]
 
 
@@ -319,11 +321,12 @@ def score(
 
     failures: list[Failure] = []
     by_function: dict[str, list[float | None]] = {}
+    weights: dict[str, float] = {}
     total: list[float | None] = [None] * len(completions)
     for name, entry in rewards.items():
         function, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
         values = _values(name, function, columns, timeout_s, failures, max_failed_share)
-        by_function[name] = values
+        by_function[name], weights[name] = values, weight
         for i, value in enumerate(values):
             if value is not None:
                 total[i] = (total[i] or 0.0) + weight * value
@@ -338,7 +341,7 @@ def score(
             failures[0].sample,
             failures[0].error,
         )
-    return Scores(total, by_function, failures)
+    return Scores(total, by_function, weights, failures)
 
 
 def _values(

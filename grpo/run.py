@@ -282,7 +282,7 @@ class Run:
         if not self.writes:
             return
         assert self._metrics is not None
-        scores = [line[self.best] for line in self.history if line.get(self.best) is not None]
+        scores = [line[self.best] for line in self.history if line["step"] == step and line.get(self.best) is not None]
         state = {
             "metrics_bytes": self._metrics.tell(),
             "skipped_steps": self.skipped_steps,
@@ -487,7 +487,7 @@ def start_run(
 
     args: a recipe's arguments; read are steps, seed, run_dir, resume, save_every, track. run_dir None is
     runs/<recipe>-<date>-<seed>, numbered where that exists. keep: checkpoints kept besides the best. best: the
-    metric whose last value scores a checkpoint, higher is better. completions_every, max_nonfinite: see
+    metric whose value at its step scores a checkpoint, higher is better. completions_every, max_nonfinite: see
     `Run.save_completions`, `Run.guard_finite`. refresh_seconds: between redrawings of the curves and the report.
     Raises ValueError, naming the flag, for a directory that exists, one that cannot be resumed or is in use."""
     world = world or World()

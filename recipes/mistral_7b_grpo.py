@@ -244,9 +244,7 @@ def main(args: Args) -> None:
             scores = score(REWARDS, texts, golds)
 
         # --- advantage: each answer against its group
-        advantages = estimate_advantages(
-            args.estimator, scores.total, args.group_size, by_function=scores.by_function, world=world
-        )
+        advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
 
@@ -297,7 +295,7 @@ def main(args: Args) -> None:
             sum_gradients(parameters, world)
             objective = merge_metrics(shares, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            if run.guard_finite(step, objective["loss"], grad_norm, micros):
+            if tokens and run.guard_finite(step, objective["loss"], grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]

@@ -159,7 +159,7 @@ def main(args: Args) -> None:
         questions = [tokenizer.decode(eval_prompts[i]) for i in mine]
         run.save_completions(step, questions, texts, {"correct": rewards}, split="eval")
         means = all_means({"eval/pass_at_1": rewards, "eval/length": [len(c.token_ids) for c in completions]}, world)
-        if step in (0, args.steps):
+        if step in (0, args.steps) and texts:
             run.say(
                 f"step {step}: pass@1 {means['eval/pass_at_1']:.3f} on {len(held_out)} held-out questions. A sample:"
             )
@@ -186,9 +186,7 @@ def main(args: Args) -> None:
             scores = score({"correct": correct}, texts, golds)
 
         # Advantage: how much better than its group's mean, in the group's standard deviations.
-        advantages = estimate_advantages(
-            args.estimator, scores.total, args.group_size, by_function=scores.by_function, world=world
-        )  # [prompts * group_size]
+        advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)  # [prompts * group_size]
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
 
@@ -238,7 +236,7 @@ def main(args: Args) -> None:
             sum_gradients(parameters, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             objective = merge_metrics(merged, world)
-            if run.guard_finite(step, objective["loss"], grad_norm, micros):
+            if tokens and run.guard_finite(step, objective["loss"], grad_norm, micros):
                 optimizer.step()
             optimizer.zero_grad()
 
@@ -247,6 +245,7 @@ def main(args: Args) -> None:
             {
                 "reward": scores.total,
                 "pass_at_1": scores.by_function["correct"],
+                **{f"reward/{name}": values for name, values in scores.by_function.items()},
                 "length": [len(t) for t in ids],
                 "truncated": [float(c.truncated) for c in completions],
                 "zero_variance": zero_variance.float().tolist(),

@@ -1,7 +1,7 @@
 """GRPO on SmolLM2-135M-Instruct: a real instruct model on real questions, small enough for two CPU cores.
 
     python recipes/smollm2_grpo.py                            # single-digit arithmetic, weights from the hub
-    python recipes/smollm2_grpo.py --task gsm8k               # or --data FOLDER with train.jsonl and test.jsonl
+    python recipes/smollm2_grpo.py --data gsm8k               # or a folder with train.jsonl and test.jsonl, or a .jsonl
     python recipes/smollm2_grpo.py --model smollm2.gguf       # or a transformers folder
 
 What to see beside quickstart_grpo.py: the model comes from elsewhere, with its own tokenizer, chat template and EOS
@@ -49,10 +49,8 @@ from grpo_rollout.make import make_engine
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """a hub name, a transformers folder, or a .gguf file (or a folder that holds one)"""
-    task: Literal["arithmetic", "gsm8k"] = "arithmetic"
-    """sums of single digits, or grade-school word problems"""
-    data: str = "gsm8k"
-    """for --task gsm8k: "gsm8k" from the hub, or a local folder with train.jsonl and test.jsonl"""
+    data: str = "arithmetic"
+    """"arithmetic" (sums of single digits), "gsm8k" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 40
     """optimizer steps"""
     seed: int = 0
@@ -109,8 +107,8 @@ class Args:
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=Estimator)
 
 
-def messages(question: str, task: str) -> list[dict[str, str]]:
-    if task == "arithmetic":  # "3+4" it often takes for a name; "3 + 4" for a sum
+def messages(question: str, data: str) -> list[dict[str, str]]:
+    if data == "arithmetic":  # "3+4" it often takes for a name; "3 + 4" for a sum
         return [{"role": "user", "content": question.replace("+", " + ")}]
     return [
         {"role": "user", "content": question + " Think step by step, then end with 'The answer is' and the number."}
@@ -132,16 +130,16 @@ def main(args: Args) -> None:
     _, config, _ = check_policy(
         args.model, lora_rank=args.lora_rank, lora_targets=args.lora_targets, adapter=args.adapter
     )
-    max_tokens = args.max_completion_tokens or (24 if args.task == "arithmetic" else 256)
+    max_tokens = args.max_completion_tokens or (24 if args.data == "arithmetic" else 256)
     check_context(config, args.max_prompt_tokens, max_tokens)
-    if args.task == "arithmetic":
+    if args.data == "arithmetic":
         train, held_out = (arithmetic_examples(split=split) for split in ("train", "test"))
     else:
         train, held_out = load_splits(args.data)
     held_out = held_out[: args.eval_questions]
     check_disjoint(train, held_out)
-    prompts = [encode_chat(tokenizer, messages(e.question, args.task)) for e in train]
-    eval_prompts = [encode_chat(tokenizer, messages(e.question, args.task)) for e in held_out][world.rank :: world.size]
+    prompts = [encode_chat(tokenizer, messages(e.question, args.data)) for e in train]
+    eval_prompts = [encode_chat(tokenizer, messages(e.question, args.data)) for e in held_out][world.rank :: world.size]
     eval_golds = [e.gold for e in held_out][world.rank :: world.size]
     check_prompt_lengths(prompts + eval_prompts, args.max_prompt_tokens)
     sampling = Sampling(temperature=args.temperature, max_tokens=max_tokens)
@@ -210,9 +208,7 @@ def main(args: Args) -> None:
             scores = score({"correct": correct}, texts, golds)
 
         # --- advantage: each answer against its group
-        advantages = estimate_advantages(
-            args.estimator, scores.total, args.group_size, by_function=scores.by_function, world=world
-        )  # [prompts * group_size]
+        advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)  # [prompts * group_size]
         zero_variance = zero_variance_groups(scores.total, args.group_size)
         counted = counted_samples(args.estimator, zero_variance, [c.truncated for c in completions]).tolist()
 
@@ -266,7 +262,7 @@ def main(args: Args) -> None:
                     shares.append(metrics)
                 sum_gradients(parameters, world)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                if run.guard_finite(step, loss, grad_norm, micros):
+                if tokens and run.guard_finite(step, loss, grad_norm, micros):
                     optimizer.step()
                 optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]
@@ -278,6 +274,7 @@ def main(args: Args) -> None:
                 {
                     "reward": scores.total,
                     "pass_at_1": scores.by_function["correct"],
+                    **{f"reward/{name}": values for name, values in scores.by_function.items()},
                     "length": [len(t) for t in ids],
                     "truncated": [float(c.truncated) for c in completions],
                     "zero_variance": zero_variance.float().tolist(),

@@ -14,6 +14,7 @@ from grpo.advantages import (
     group_advantages,
     zero_variance_groups,
 )
+from grpo.rewards import Scores, score
 
 NAN = float("nan")
 rewards_lists = st.lists(st.one_of(st.none(), st.floats(-10, 10, width=16)), min_size=12, max_size=12)  # 3 groups of 4
@@ -127,14 +128,20 @@ def test_gdpo_keeps_a_reward_of_small_spread():
 def test_estimate_advantages_follows_the_flags():
     correct, length = [1.0, 0, None, 0], [100.0, 300, 100, 300]
     total = [101.0, 300, None, 300]
-    both = {"by_function": {"correct": correct, "length": length}, "weights": [1.0, 0.5]}
+    scores = Scores(total, {"correct": correct, "length": length}, {"length": 0.5, "correct": 1.0}, [])
     for flags in ({}, {"scale": "none", "baseline": "rloo"}, {"scale": "batch"}):
-        actual = estimate_advantages(Estimator(**flags), total, 2, **both)
+        actual = estimate_advantages(Estimator(**flags), scores, 2)
         assert torch.equal(actual, group_advantages(total, 2, **flags))
-    actual = estimate_advantages(Estimator(aggregate="gdpo"), total, 2, **both)
+    actual = estimate_advantages(Estimator(aggregate="gdpo"), scores, 2)
     assert torch.equal(actual, gdpo_advantages([correct, length], 2, weights=[1.0, 0.5]))
-    with pytest.raises(ValueError, match="by_function is None with --aggregate gdpo"):
-        estimate_advantages(Estimator(aggregate="gdpo"), total, 2)
+
+
+def test_gdpo_weighs_rewards_as_they_were_scored():
+    """A wrong answer in good form must not be reinforced because form counts as much as being right."""
+    correct, form = [1.0, 0, 0, 0, 1, 1, 0, 0], [0.0, 1, 0, 1, 1, 0, 0, 1]
+    rewards = {"correct": (lambda c, g: correct, 1.0), "format": (lambda c, g: form, 0.1)}
+    advantages = estimate_advantages(Estimator(aggregate="gdpo"), score(rewards, [""] * 8, [""] * 8), 4)
+    assert torch.equal(advantages > 0, torch.tensor(correct) > 0)
 
 
 def test_zero_variance_groups():

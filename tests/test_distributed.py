@@ -13,11 +13,13 @@ from grpo.batch import micro_batches, step_counts
 from grpo.distributed import World, all_sum, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.objective import Objective, entropy_threshold, policy_loss
+from grpo.rewards import Scores
 
 PROMPTS = [[1, 9], [1, 10, 11], [1, 12], [1, 13, 14, 15], [1, 20], [1, 21]]
 COMPLETIONS = [[20, 2], [30, 31, 32, 2], [40], [41, 42, 2], [50, 51, 52], [53, 2]]
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
 REWARDS = {"correct": [1.0, 0.0, None, 1.0, 0.0, 0.0, 1.0, 0.0], "short": [0.3, -2.0, 5.0, None, None, 9.0, 1.0, 1.5]}
+WEIGHTS = {"correct": 1.0, "short": 0.5}
 ESTIMATORS = [
     Estimator(),
     Estimator(scale="batch"),
@@ -55,7 +57,7 @@ def advantages(world: World, groups: range) -> list[torch.Tensor]:
     mine = slice(2 * groups.start, 2 * groups.stop)
     rewards = {name: values[mine] for name, values in REWARDS.items()}
     return [
-        estimate_advantages(estimator, rewards["short"], 2, by_function=rewards, world=world)
+        estimate_advantages(estimator, Scores(rewards["short"], rewards, WEIGHTS, []), 2, world=world)
         for estimator in ESTIMATORS
     ]
 

@@ -60,6 +60,25 @@ def some_digits(recipe, monkeypatch):
 
 
 @pytest.mark.usefixtures("some_digits")
+def test_a_step_that_counts_nothing_moves_nothing(recipe, quickstart, tmp_path, monkeypatch):
+    """AdamW's momentum would go on without data."""
+    real, calls = recipe.counted_samples, []
+
+    def counted(*arguments):
+        calls.append(1)
+        return real(*arguments) & (len(calls) <= 2)
+
+    monkeypatch.setattr(recipe, "counted_samples", counted)
+    quickstart(tmp_path / "two", *SMALL.split(), "--steps", 2)
+    calls.clear()
+    quickstart(tmp_path / "three", *SMALL.split(), "--steps", 3)
+    assert len(calls) == 3
+    assert adapter(tmp_path / "two") == adapter(tmp_path / "three")
+    quickstart(tmp_path / "one", *SMALL.split(), "--steps", 1)
+    assert adapter(tmp_path / "one") != adapter(tmp_path / "two")
+
+
+@pytest.mark.usefixtures("some_digits")
 def test_one_seed_one_run(quickstart, tmp_path):
     arguments = [*SMALL.split(), "--steps", 3]
     first = quickstart(tmp_path / "a", *arguments)
@@ -70,6 +89,8 @@ def test_one_seed_one_run(quickstart, tmp_path):
     assert quickstart(tmp_path / "c", *arguments, "--seed", 1)[1:] != first[1:]
     for name in ("rewards.png", "report.html", "run.json", "adapter/adapter_config.json"):
         assert (tmp_path / "a" / name).stat().st_size > 0
+
+    assert [line["reward/correct"] for line in first[1:]] == [line["pass_at_1"] for line in first[1:]]
 
     # Stopped after one step and resumed, it ends where the unbroken run does.
     quickstart(tmp_path / "d", *SMALL.split(), "--steps", 1)

@@ -431,7 +431,7 @@ def test_numpy_and_torch_values_are_numbers():
 
 
 def test_empty_batch():
-    assert score({"r": lengths_of}, [], []) == ([], {"r": []}, [])
+    assert score({"r": lengths_of}, [], []) == ([], {"r": []}, {"r": 1.0}, [])
 
 
 def test_the_limit_leaves_other_timers_as_they_were():

@@ -99,6 +99,18 @@ def test_a_directory_that_exists_is_never_touched(tmp_path, empty):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_checkpoint_is_scored_by_the_evaluation_of_its_own_step(tmp_path):
+    """Not by an older one, which would pass a policy off as the best that was never evaluated."""
+    run = start(tmp_path / "run", keep=1)
+    model, optimizer, _ = parts(run.args)
+    for step in run.steps(4):
+        run.log(step, {"reward": 0.0, "eval/pass_at_1": 0.5} if step == 2 else {"reward": 0.0})
+        run.save(step, model, optimizer)
+    run.finish(model)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert read_run(tmp_path / "run")["best_checkpoint"] == "step-000002"
+
+
 def test_default_names_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [start_run(Args(seed=3), recipe=RECIPE).directory.as_posix() for _ in range(3)]

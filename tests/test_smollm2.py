@@ -43,17 +43,17 @@ def gsm8k(folder: Path) -> Path:
 
 def test_gsm8k_from_a_local_folder(recipe, small, tmp_path):
     data = str(gsm8k(tmp_path / "data"))
-    recipe.main(small(task="gsm8k", data=data, max_prompt_tokens=200))
+    recipe.main(small(data=data, max_prompt_tokens=200))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [("eval/pass_at_1" in line) for line in lines] == [True, False, True]
     assert all(line["mismatch_mean"] < 1e-4 for line in lines[1:])  # sampler and trainer agree
     with pytest.raises(ValueError, match="--max-prompt-tokens 3"):
-        recipe.main(small("other", task="gsm8k", data=data, max_prompt_tokens=3))
+        recipe.main(small("other", data=data, max_prompt_tokens=3))
     with pytest.raises(ValueError, match=r"--data .*nothing: no such file or folder"):
-        recipe.main(small("other", task="gsm8k", data=str(tmp_path / "nothing")))
+        recipe.main(small("other", data=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=r"--max-prompt-tokens 1020 and --max-completion-tokens 8 .* the 1024 tokens"):
-        recipe.main(small("other", task="gsm8k", data=data, max_prompt_tokens=1020))
+        recipe.main(small("other", data=data, max_prompt_tokens=1020))
     assert not (tmp_path / "other").exists()
 
 

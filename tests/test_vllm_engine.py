@@ -448,7 +448,7 @@ def runs(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text("\n".join(lines[:-3]))
     (folder / "data" / "test.jsonl").write_text("\n".join(lines[-3:]))
-    words = f"--engine vllm --model {folder / 'model'} --task gsm8k --data {folder / 'data'} --run-dir {made.smollm2} \
+    words = f"--engine vllm --model {folder / 'model'} --data {folder / 'data'} --run-dir {made.smollm2} \
         --max-prompt-tokens 200 --max-completion-tokens 24 --steps 3 --prompts-per-step 2 --group-size 4 \
         --num-iterations 2 --loss grpo --beta 0.1 --learning-rate 1e-2 --warmup-steps 0"
     smollm2 = Recipe("smollm2_grpo.py", *words.split())
