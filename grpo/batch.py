@@ -42,12 +42,14 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut a step's sequences into micro-batches of at most `max_tokens` padded tokens (at least one sequence).
 
-    prompts, completions, sampler_logps: one entry a sequence. advantages: [sequences] float32.
+    prompts, completions, sampler_logps: one entry a sequence. advantages: [sequences] float32, or one a token,
+    [sequences, time], of which a micro-batch takes the columns of its longest completion.
     keep: sequences to take (None: all); what is left out still counts in the step's averages, if the caller
     counts it (`step_counts`). The longest sequences come first: memory that does not suffice shows at once,
     and neighbours in length share a micro-batch, so little is padding. Sequences of advantage 0 come last, in
     micro-batches of their own: without KL and entropy bonus these need no backward pass (`completion_logps`).
-    Raises ValueError where the lists differ in length, or a prompt or completion is empty."""
+    Raises ValueError where the lists differ in length, a prompt or completion is empty, or has more tokens than
+    advantages."""
     n = len(prompts)
     if not len(completions) == len(sampler_logps) == len(advantages) == n:
         raise ValueError(
@@ -62,7 +64,10 @@ def micro_batches(
             raise ValueError(f"sequence {i} has {tokens} tokens but {logps} log-probabilities")
 
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
-    idle = (advantages == 0).tolist()
+    longest = max(map(len, completions), default=0)
+    if advantages.dim() == 2 and advantages.shape[1] < longest:
+        raise ValueError(f"advantages is {list(advantages.shape)}: the longest completion has {longest} tokens")
+    idle = (advantages.reshape(n, -1) == 0).all(1).tolist()
     order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: (idle[i], -lengths[i]))
     groups: list[list[int]] = []
     for i in order:
@@ -94,12 +99,13 @@ def _collate(
         mask[row, :c] = 1.0
         logps[row, :c] = torch.tensor(sampler_logps[i])
     lengths = torch.tensor([len(prompts[i]) for i in group])
+    of_group = advantages[group].float()
     return MicroBatch(
         ids.to(device),
         lengths.to(device),
         mask.to(device),
         logps.to(device),
-        advantages[group].float().to(device),
+        (of_group if of_group.dim() == 1 else of_group[:, :time]).to(device),
         group,
     )
 

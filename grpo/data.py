@@ -131,7 +131,10 @@ def _field(row: Any, name: str, place: str) -> Any:
             value = value[int(part)]
         else:
             fields = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no fields: it is a {type(row).__name__}"
-            raise ValueError(f"{place}: no field {name!r}; it has {fields}. Name the fields with question= and answer=")
+            raise ValueError(
+                f"{place}: no field {name!r}; it has {fields}. Rename them, or name yours "
+                "where the recipe calls load_splits(..., question=..., answer=...)"
+            )
     return value
 
 
@@ -144,7 +147,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"--data {path}: no such file; give one, a folder, or the name of a hub data set")
     if path.suffix == ".parquet":
         import pyarrow.parquet  # comes with datasets, and is slow to import
 

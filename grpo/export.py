@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.checkpoint import best_checkpoint, checkpoint_name, list_checkpoints, verify_checkpoint
+from grpo.cli import user_errors
 from grpo.models import load_tokenizer, resolve_model, stop_ids
 from grpo.run import last_values, read_metrics, read_run
 
@@ -306,6 +307,7 @@ def export(args: Args) -> dict[str, Difference]:
 
 if __name__ == "__main__":
     disable_progress_bar()
-    merged = export(tyro.cli(Args, description=__doc__))["merged"]
+    with user_errors():
+        merged = export(tyro.cli(Args, description=__doc__))["merged"]
     if merged.margin > 0.25:
         sys.exit(f"the merged model is another one: completions part by {merged.margin:.2f} nats, more than rounding")

@@ -100,7 +100,7 @@ def check_objective(objective: Objective, *, num_iterations: int | None = None) 
         if wrong:
             raise ValueError(f"{flag(name)} has no effect with --loss {o.loss}: drop one of the two")
     if num_iterations == 1:
-        for name in ("epsilon", "epsilon_high", "delta"):
+        for name in ("level", "epsilon", "epsilon_high", "delta"):
             if getattr(o, name) is not None:
                 raise ValueError(
                     f"{flag(name)} has no effect with one optimizer step a batch, where the ratio is always 1: drop "

@@ -507,8 +507,11 @@ def start_run(
             if args.resume and args.run_dir and Path(args.resume).resolve() != Path(args.run_dir).resolve():
                 raise ValueError(f"--resume {args.resume} and --run-dir {args.run_dir} name two runs; give one of them")
             run = (_reopen if args.resume else _create)(args, recipe, world, options)
-        except (ValueError, OSError) as error:  # told to every rank: the others wait
+        except ValueError as error:  # told to every rank: the others wait
             problem = str(error)
+        except OSError as error:
+            where = f"--resume {args.resume}" if args.resume else f"--run-dir {args.run_dir or 'runs'}"
+            problem = f"{where}: {error}"
     shared: list[Any] = [problem, run.directory if run else None, run._checkpoint if run else None]
     if world.size > 1:
         dist.broadcast_object_list(shared, src=0, device=world.device)
@@ -581,10 +584,8 @@ def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(temporary, ignore_errors=True)
-    raise ValueError(
-        f"--run-dir {wanted[0]} exists, and a run is never overwritten: choose another name, "
-        f"or continue it with --resume {wanted[0]}"
-    )
+    remedy = f", or continue it with --resume {wanted[0]}" if wanted[0].is_dir() else ""
+    raise ValueError(f"--run-dir {wanted[0]} exists, and nothing is overwritten: choose another name{remedy}")
 
 
 def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> Run:
@@ -750,11 +751,17 @@ def _write_record(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """A run directory's run.json. Raises ValueError, naming the directory, where there is none."""
+    """A run directory's run.json. Raises ValueError, naming the directory, where there is none or it is not whole."""
+    path = Path(directory) / "run.json"
     try:
-        return json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory} holds no run (no run.json); give a run's directory, or start one") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or start a new run") from None
+    if not isinstance(record, dict) or not {"recipe", "argv", "args"} <= record.keys():
+        raise ValueError(f"{path} is not what a run writes: recipe, argv and args must be in it; restore it")
+    return record
 
 
 def fingerprint(value: Any) -> dict[str, Any]:

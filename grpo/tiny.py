@@ -74,8 +74,9 @@ def tiny_model(settings: Tiny | None = None) -> Path:
 
 
 def tiny_examples(n: int, split: str, *, digits: int = 3, seed: int = 0) -> list[Example]:
-    """`n` sums of two numbers of `digits` digits. The tiny model has seen none of split "test" in pretraining."""
-    drawn = arithmetic_examples(3 * n, digits=digits, split=split, seed=seed)
+    """`n` sums, of 20,000 at most, of two numbers of `digits` digits. The tiny model has seen none of split "test" in
+    pretraining."""
+    drawn = arithmetic_examples(3 * min(n, 20_000), digits=digits, split=split, seed=seed)
     return [e for e in drawn if len(e.question) == len("What is +?") + 2 * digits][:n]
 
 

@@ -22,7 +22,7 @@ from grpo.advantages import Estimator, check_estimator, counted_samples, estimat
 from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
-from grpo.data import arithmetic_examples, check_disjoint, load_splits
+from grpo.data import check_disjoint, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
@@ -52,7 +52,7 @@ class Args:
     data: str = "arithmetic"
     """"arithmetic" (sums of single digits), "gsm8k" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 40
-    """optimizer steps"""
+    """batches, each of --num-iterations optimizer steps"""
     seed: int = 0
     """of questions, samples and the adapter's initial weights"""
     run_dir: Path | None = None
@@ -132,10 +132,7 @@ def main(args: Args) -> None:
     )
     max_tokens = args.max_completion_tokens or (24 if args.data == "arithmetic" else 256)
     check_context(config, args.max_prompt_tokens, max_tokens)
-    if args.data == "arithmetic":
-        train, held_out = (arithmetic_examples(split=split) for split in ("train", "test"))
-    else:
-        train, held_out = load_splits(args.data)
+    train, held_out = load_splits(args.data)
     held_out = held_out[: args.eval_questions]
     check_disjoint(train, held_out)
     prompts = [encode_chat(tokenizer, messages(e.question, args.data)) for e in train]

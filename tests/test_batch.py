@@ -44,6 +44,17 @@ def test_advantage_0_has_micro_batches_of_its_own():
     assert [m.sequences for m in cut(1000, advantages * 0)] == [[1, 3, 0, 2]]
 
 
+def test_advantages_of_tokens():
+    """A micro-batch takes the columns of its own longest completion."""
+    advantages = torch.tensor([[1.0, 2, 9, 9, 9], [0, 0, 0, 3, 9], [0, 0, 0, 0, 0], [4, 9, 9, 9, 9]])
+    first, second, last = cut(10, advantages)
+    assert (first.sequences, second.sequences, last.sequences) == ([1], [3, 0], [2])
+    assert first.advantages.tolist() == [[0, 0, 0, 3]]
+    assert second.advantages.tolist() == [[4, 9], [1, 2]]
+    with pytest.raises(ValueError, match=r"advantages is \[4, 3\]: the longest completion has 4 tokens"):
+        cut(10, advantages[:, :3])
+
+
 def test_keep_leaves_out():
     micros = cut(1000, keep=[True, False, False, True])
     assert [m.sequences for m in micros] == [[3, 0]]

@@ -87,7 +87,7 @@ def test_repeated_questions_are_dropped_and_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "b"}', r"x\.jsonl, line 2: no field 'answer'; it has 'question'\. Name the fields"),
+        ('{"question": "b"}', r"x\.jsonl, line 2: no field 'answer'; it has 'question'\. Rename them"),
         ('{"question": " ", "answer": 1}', "line 2: field 'question' is empty"),
         ('{"question": "b", "answer": null}', "line 2: field 'answer' is empty"),
         ('{"question": "b", "answer": "so ####"}', "line 2: field 'answer' holds no answer after its mark"),

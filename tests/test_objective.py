@@ -840,9 +840,9 @@ def test_flags_set_fields_of_the_objective():
 
 
 def test_bounds_of_a_ratio_that_is_always_one_are_refused():
-    for flags in ({"epsilon": 0.1}, {"epsilon_high": 0.3}, {"delta": 3.0}):
+    for flags in ({"level": "sequence"}, {"epsilon": 0.1}, {"epsilon_high": 0.3}, {"delta": 3.0}):
         check_objective(Objective(**flags), num_iterations=2)
         check_objective(Objective(**flags))
-        with pytest.raises(ValueError, match=r"--(epsilon|epsilon-high|delta) has no effect with one optimizer step"):
+        with pytest.raises(ValueError, match=r"--(level|epsilon|epsilon-high|delta) has no effect with one opt"):
             check_objective(Objective(**flags), num_iterations=1)
     check_objective(Objective(loss="gspo", beta=0.1), num_iterations=1)

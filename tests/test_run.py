@@ -137,6 +137,35 @@ def test_bad_arguments_are_named_before_anything_is_made(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "a holds no run"),
+        ("{", r"a/run\.json is not JSON .*; restore it, or start a new run"),
+        ("{}", r"a/run\.json is not what a run writes: recipe, argv and args must be in it"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is None:
+        Path("a").write_text("a file")
+    else:
+        Path("a").mkdir()
+        Path("a/run.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        command_line(["--resume", "a"])
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match=rf"--run-dir {file} exists, and nothing is overwritten: choose another name$"):
+        start(file)
+    with pytest.raises(ValueError, match=rf"--run-dir {file}/run: .*File exists"):
+        start(file / "run")
+    assert file.read_text() == "mine"
+
+
 def test_two_processes_cannot_write_one_run(tmp_path):
     code = (
         "import sys, time; from run_driver import *; run = start_run(Args(run_dir=Path(sys.argv[1])), recipe=RECIPE); "

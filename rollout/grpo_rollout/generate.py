@@ -11,6 +11,7 @@ import torch
 import tyro
 from torch import nn
 
+from grpo.cli import user_errors
 from grpo.models import encode_chat, load_policy, load_tokenizer, stop_ids
 from grpo_rollout.engine import Engine, Sampling
 from grpo_rollout.make import make_engine
@@ -90,4 +91,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with user_errors():
+        main(tyro.cli(Args))
