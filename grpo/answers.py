@@ -37,19 +37,20 @@ _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]{{0,200}})?|\.[0-9]{{1,200}})"
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<currency>[$€£¥]?)\s*(?P<sign2>[+-]?)\s*(?:"
     rf"(?:(?P<whole>{_DIGITS})(?:\s+|\s*(?=\\frac)))?"
-    rf"(?:\\frac\s*(?:\{{\s*(?P<n1>-?{_DIGITS})\s*\}}\s*\{{\s*(?P<d1>{_DIGITS})\s*\}}|(?P<n2>[0-9])\s*(?P<d2>[0-9]))"
+    rf"(?:\\frac\s*(?:\{{\s*(?P<n1>-?{_DIGITS})\s*\}}\s*\{{\s*(?P<d1>-?{_DIGITS})\s*\}}|(?P<n2>[0-9])\s*(?P<d2>[0-9]))"
     rf"|(?P<n3>{_DIGITS})\s*/\s*(?P<d3>{_DIGITS}))"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[+-]?[0-9]{{1,2}})(?![A-Za-z0-9]))?"
     r")"
 )
 _NAME_EQUALS = re.compile(r"\s*\\?[A-Za-z][A-Za-z_]{0,30}(?:\([A-Za-z]\)|_?\{?[0-9A-Za-z]{1,3}\}?)?\s*=(?!=)\s*")
+_BRACKETED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
 _UNIT_WORD = re.compile("[A-Za-z\u00b5][A-Za-z'\u2019-]*\\.?")
 _SHORT_UNIT = re.compile("cm|mm|km|kg|mg|m[lL]|[dc]l|ft|lb|oz|hr|in|yd|mi|[ap]m|AM|PM|Hz|kW")
 _LETTER_UNIT = re.compile("[mgshLlJNWKCFV]")
 # Words that change the number, or that start a second answer: "3 million" is not 3, "18 or so" hedges.
 _NOT_A_UNIT = re.compile(
-    "and|or|not|is|if|but|to|plus|minus|times|over|mod|point|pi|sqrt|root|half|halves|quarters?|"
-    "(ten|hundred|thousand|million|billion|trillion|third)(ths?|s)?",
+    "and|or|not|is|if|but|to|plus|minus|times|over|mod|point|pi|sqrt|root|half|halves|quarters?|base|squared|cubed|negative|"
+    "factorial|choose|(dozen|ten|hundred|thousand|million|billion|trillion|third|fourth|fifth|sixth|seventh|eighth|ninth)(ths?|s)?",
     re.IGNORECASE,
 )
 _NUMBER_IN_TEXT = re.compile(
@@ -83,7 +84,8 @@ def extract_tag(text: str, tag: str = "answer") -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The inside of the last `\boxed{...}` or `\fbox{...}`, braces nested to any depth; `\boxed 5` gives "5".
+    r"""The inside of the last `\boxed{...}` or `\fbox{...}`, braces nested to any depth. Without braces it is what
+    comes before the line's next dollar sign, as MATH's authors read it, or the next word: `\boxed 5` gives "5".
 
     None where there is none, or where the last one is never closed: a truncated answer is no answer."""
     at = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
@@ -91,8 +93,8 @@ def extract_boxed(text: str) -> str | None:
         return None
     rest = text[at + (6 if text.startswith(r"\boxed", at) else 5) :].lstrip()
     if not rest.startswith("{"):
-        word = re.match(r"[^\s$<{}\\]{1,100}", rest)
-        return word.group() if word else None
+        word = re.match(r"([^$<\n]{1,200})(?=\$)", rest) or re.match(r"[^\s$<{}\\]{1,100}", rest)
+        return word.group().strip() or None if word else None
     depth, i = 0, 0
     while i < len(rest):
         if rest[i] == "\\":
@@ -197,7 +199,10 @@ def parse_number(answer: str) -> Number | None:
     A list, an expression, an interval, digits of other scripts, "3 million" and "18 or 19" are not numbers."""
     if len(answer) > MAX_ANSWER:
         return None
-    text = strip_name(_clean(answer))
+    text = strip_name(_clean(answer)).removeprefix("=").lstrip()
+    bracketed = _BRACKETED.fullmatch(text)
+    if bracketed:
+        text = bracketed[bracketed.lastindex or 0].strip()
     match = _NUMBER.match(text)
     if not match or (match["sign"] and match["sign2"]):
         return None
@@ -233,7 +238,7 @@ def _value(match: re.Match[str]) -> Fraction:
 def _unit(rest: str) -> bool | None:
     """Whether what follows a number is a percent sign (True) or nothing or a unit (False); None: neither."""
     tail = rest.strip()
-    if not tail:
+    if not tail or tail in "$€£¥":
         return False
     if tail.startswith("%"):
         return True if not tail[1:].strip() else None
@@ -250,6 +255,11 @@ def _unit(rest: str) -> bool | None:
     if len(first) == 1 and (rest[:1].strip() or not _LETTER_UNIT.fullmatch(first)):
         return None
     return first.casefold() in ("percent", "percentage", "pct")
+
+
+def is_unit(text: str) -> bool:
+    """Whether text behind a number is nothing, a percent sign or a unit, and so leaves the number what it is."""
+    return _unit(f" {text.translate(_CHARACTERS)}") is not None
 
 
 def numbers_equal(answer: Number, gold: Number) -> bool:

@@ -251,7 +251,7 @@ def drop_long(
     if examples and not kept:
         raise ValueError(
             f"all {len(examples)} questions are longer than {max_length} {what} (the shortest has {min(lengths)}); "
-            "raise the limit"
+            "raise --max-prompt-tokens"
         )
     if len(kept) < len(examples):
         logger.warning(

@@ -114,7 +114,8 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _sample(record: Mapping[str, Any], heading: str) -> str:

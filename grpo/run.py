@@ -236,7 +236,8 @@ class Run:
             }
             for i in range(n)
         )
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        # Escaped: a completion's U+2028 ends a line to some readers.
+        text = "".join(json.dumps(record) + "\n" for record in records)
         with self._disk_may_be_full(f"completions of step {step}"):
             folder = self.directory / "completions"
             folder.mkdir(exist_ok=True)

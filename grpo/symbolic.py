@@ -5,23 +5,54 @@ import re
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from grpo.answers import strip_name
+from grpo.answers import is_unit, strip_name
 
 # Only the LaTeX grammar: math-verify's other one goes through sympy's parse_expr, which is an eval.
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
-# math-verify drops text: "18\\text{ or 17}" is 18 to it.
-_HEDGE = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*(?:[0-9]|\bor\b|\band\b|\bnot\b)")
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
+# Between two answers, of which math-verify takes one.
+_RELATION = re.compile(
+    r"\\(?:approx|equiv|simeq|sim|cong|neq?|[bp]?mod|to|(?:long)?(?:left)?rightarrow|(?:Left)?Rightarrow|iff|implies|vee|lor)"
+    r"(?![A-Za-z])"
+)
+_BASE = re.compile(r"[0-9]\s*_\s*\{?\s*([0-9A-Za-z]*)")
+_LETTERS = re.compile(r"[A-Z](?:\s*,?\s*[A-Z])*")
 
 
 def symbolic_equal(answer: str, gold: str) -> bool:
-    """Whether math-verify finds the two LaTeX expressions equal."""
-    if "=" in answer and "=" not in gold:
-        # math-verify compares the right side of any equation, of "1 = 18" too; only a name may stand on the left.
-        answer = strip_name(answer)
-        if "=" in answer:
-            return False
-    if _HEDGE.search(answer) and not _HEDGE.search(gold):
+    """Whether math-verify finds the two LaTeX expressions equal, and the answer is one answer."""
+    return _may_be_compared(answer, gold) and _verified(answer, gold)
+
+
+def _may_be_compared(answer: str, gold: str) -> bool:
+    """False where math-verify would pass over what makes the answer another one, or two."""
+    if "=" in answer and "=" not in gold and "=" in strip_name(answer):
+        return False  # it compares the right side of any equation, of "1 = 18" too; only a name may stand on the left
+    if set(_RELATION.findall(answer)) - set(_RELATION.findall(gold)):
         return False
+    if not _balanced(answer):
+        return False  # a closing brace would end the box, and what follows be dropped
+    texts = _TEXT.findall(answer)
+    if texts and not _TEXT.search(gold) and not all(is_unit(text) for text in texts):
+        return False  # it drops text: "18\\text{ or 17}" is 18 to it
+    bases, right = ([b for b in _BASE.findall(text) if b != "10"] for text in (answer, gold))
+    if bases and bases != right:
+        return False  # it drops subscripts: 2516_9 is 2516_8 to it
+    return not _LETTERS.fullmatch(gold.strip())  # ABC is no product, so text decides, and has found it another
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _verified(answer: str, gold: str) -> bool:
+    if "=" not in gold:
+        answer = strip_name(answer)
     parsed = [
         parse(rf"\boxed{{{text}}}", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
         for text in (gold, answer)

@@ -10,6 +10,7 @@ Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on 4-bit weights, o
 Each metric is explained in docs/recipes/smollm2.md.
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,13 +23,12 @@ from grpo.advantages import Estimator, check_estimator, counted_samples, estimat
 from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
 from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, load_splits
+from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
 from grpo.models import (
     check_context,
     check_policy,
-    check_prompt_lengths,
     encode_chat,
     load_policy,
     load_tokenizer,
@@ -132,13 +132,19 @@ def main(args: Args) -> None:
     )
     max_tokens = args.max_completion_tokens or (24 if args.data == "arithmetic" else 256)
     check_context(config, args.max_prompt_tokens, max_tokens)
-    train, held_out = load_splits(args.data)
-    held_out = held_out[: args.eval_questions]
+
+    @functools.cache
+    def encode(question: str) -> list[int]:
+        return encode_chat(tokenizer, messages(question, args.data))
+
+    train, held_out = (
+        drop_long(part, lambda q: len(encode(q)), args.max_prompt_tokens) for part in load_splits(args.data)
+    )
+    held_out = fixed_sample(held_out, args.eval_questions)
     check_disjoint(train, held_out)
-    prompts = [encode_chat(tokenizer, messages(e.question, args.data)) for e in train]
-    eval_prompts = [encode_chat(tokenizer, messages(e.question, args.data)) for e in held_out][world.rank :: world.size]
+    prompts = [encode(e.question) for e in train]
+    eval_prompts = [encode(e.question) for e in held_out][world.rank :: world.size]
     eval_golds = [e.gold for e in held_out][world.rank :: world.size]
-    check_prompt_lengths(prompts + eval_prompts, args.max_prompt_tokens)
     sampling = Sampling(temperature=args.temperature, max_tokens=max_tokens)
 
     # --- policy, engine, optimizer
@@ -178,7 +184,9 @@ def main(args: Args) -> None:
             lenient = correctness(texts, eval_golds, extract=extract_lenient)
         questions = [tokenizer.decode(p) for p in eval_prompts]
         run.save_completions(step, questions, texts, {"correct": strict}, split="eval")
-        return all_means({"eval/pass_at_1": strict, "eval/pass_at_1_lenient": lenient}, world)
+        lengths = [len(c.token_ids) for c in completions]
+        means = {"eval/pass_at_1": strict, "eval/pass_at_1_lenient": lenient, "eval/length": lengths}
+        return all_means(means, world)
 
     if run.start_step == 0:
         run.log(0, evaluate(0))

@@ -22,6 +22,13 @@ from grpo.answers import (
 
 NUMBERS = [
     ("18", 18),
+    ("(18)", 18),
+    ("(-5)", -5),
+    ("{18}", 18),
+    ("= 18", 18),
+    ("18 €", 18),
+    ("18\\$", 18),
+    (r"\frac{-36}{-2}", 18),
     ("-3", -3),
     ("+7", 7),
     ("\u22123", -3),  # Unicode minus
@@ -70,6 +77,7 @@ NOT_NUMBERS = [
     *("", " ", "-", ".", "$", "%", "abc", "+-18", "--5", "1/0", "\u00b2", "18\u00b2", "12:30", "18,", "18/", "18 -"),
     *("1,2,3", "1 2 3 18", "100,00", "1.000.000", "17, 18", "18 or 19", "18 and 19", "18 1", "18%%", "1 000"),
     *("9*2", "16-3", "18!", "10^10", "1=18", "18=18", "x=y=18", "18x", "18 xy", "18 pi", r"18\pi", r"\sqrt{18}"),
+    *("18 dozen", "18 base eight", "18 squared", "3 fifths", "18 negative", "(17, 18)", "(18", "((18))", "{18", "=="),
     *("3 million", "18 or so", "2 hours 30 minutes", "Answer: 18", "the answer is 18", "1e999", "1e9999999999"),
     *("\u0663", "\uff11\uff18", "\u0967\u096e", "\u2460", "1\u0668", "1" * (MAX_ANSWER + 1), "[17,19]", "(17, 18)"),
 ]
@@ -155,6 +163,9 @@ def test_equal(answer, gold, expected):
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # escaped braces do not balance
         (r"\boxed{1} or \boxed{2}", "2"),
         (r"\boxed 5", "5"),
+        (r"so it is \boxed 5 apples, not 6", "5"),
+        (r"$\boxed 2\sqrt{2}$ in all", r"2\sqrt{2}"),
+        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
         (r"\fbox{7}", "7"),
         (r"\boxed{\boxed{5}}", "5"),
         (r"\boxed{}", ""),

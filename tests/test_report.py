@@ -24,7 +24,7 @@ def directory(tmp_path_factory):
     run = start_run(Args(run_dir=directory), recipe=RECIPE)
     for step in range(13):
         run.log(step, {"reward": step / 10, "kl": 0.7, "eval/pass_at_1": None if step % 6 else step / 24})
-    for step, answer in ((0, "I do not know"), (12, "It is 7")):
+    for step, answer in ((0, "I do not know\u2028at\x85all"), (12, "It is 7")):
         run.save_completions(step, ["Q: 3+4?", "other"], [answer, "x"], {"correct": [step / 12, 0]}, split="eval")
     completions = ["worst", HOSTILE, "middle", "middle", "middle"]
     run.save_completions(10, ["What is 7+1?"], completions, {"correct": [0, 1, 0, 0, 0]}, [-1.0, 2.0, 0, 0, 0])

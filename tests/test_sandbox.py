@@ -200,6 +200,23 @@ def test_settings_must_be_positive(wrong):
         ("x=17=18", "18", False),
         ("1,2,3,4", "1,2", False),
         (r"x \in \mathbb{R}", "(1,2)", False),
+        (r"18 \approx 17", "18", False),
+        (r"17 \equiv 18", "18", False),
+        (r"5 \equiv \sqrt{12}", r"2\sqrt{3}", False),
+        (r"\sqrt{12}\mod 17", r"2\sqrt{3}", False),
+        (r"18 } 17", "18", False),
+        (r"\sqrt{12} } or 17 or 19", r"2\sqrt{3}", False),
+        (r"\sqrt{12}\text{ (wrong; really five)}", r"2\sqrt{3}", False),
+        (r"\sqrt{12}\text{ cm}", r"2\sqrt{3}", True),
+        (r"\left\{1,2\right\}", r"\{2,1\}", True),
+        # what math-verify drops, or takes for a product
+        ("2516_9", "2516_8", False),
+        ("2516_{8}", "2516_8", True),
+        ("18_8", "18", False),
+        ("18 _ 17", "18", False),
+        (r"\log_2 8", r"\log_2 8 + 0", True),
+        ("BCA", "ABC", False),
+        ("C, A, B", "A, B, C", False),
     ],
 )
 def test_symbolic_equality(patient_sandbox, answer, gold, expected):
