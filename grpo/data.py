@@ -203,12 +203,17 @@ def by_hash(examples: Sequence[Example], split: str, *, share: float = 0.05) -> 
     return [e for e in examples if in_held_out(e.question, share) == (split != "train")]
 
 
+def is_single_file(source: str) -> bool:
+    """Whether `--data` names one file, which has no splits of its own."""
+    return source not in SOURCES and source not in GENERATED and Path(source).is_file()
+
+
 def load_splits(source: str, **fields: Any) -> tuple[list[Example], list[Example]]:
     """The training and the held-out examples of `--data`. source, fields: of `load_examples`.
 
     A single file has no splits: one in twenty of its questions is held out, by their hashes, and a warning says so.
     Raises ValueError, as `load_examples`, and for a file too short to hold a question out."""
-    if source in SOURCES or source in GENERATED or not Path(source).is_file():
+    if not is_single_file(source):
         train, test = (load_examples(source, split=split, **fields) for split in ("train", "test"))
         return train, test
     examples = load_examples(source, **fields)

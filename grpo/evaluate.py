@@ -4,6 +4,7 @@ python -m grpo.evaluate --model Qwen/Qwen2.5-1.5B-Instruct --adapter runs/mine/a
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from grpo.answers import Number, extract_answer, extract_lenient, normalize, parse_number
-from grpo.data import GENERATED, SOURCES, Example, check_disjoint, load_examples
-from grpo.rewards import correctness
+from grpo.data import GENERATED, SOURCES, Example, by_hash, check_disjoint, is_single_file, load_examples
+from grpo.rewards import Reward, correctness, countdown
 from grpo.sandbox import Sandbox
 
 
@@ -42,19 +43,21 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
+    check: Reward = correctness,
     extract: Callable[[str], str | None] = extract_answer,
-    sandbox: Sandbox | None = None,
+    extract_lenient: Callable[[str], str | None] = extract_lenient,
     training: Iterable[Example] = (),
     out: Path | None = None,
     settings: dict[str, Any] | None = None,
     questions_per_batch: int = 64,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Evaluation:
-    """Answer every question `samples` times and compare with the gold answers.
+    """Answer every question `samples` times and check the answers against the golds.
 
     engine, sampling: as for a rollout. encode: a question to its prompt's token ids. decode: token ids to text.
-    extract: where a strict reading finds the answer; the lenient one is `extract_lenient`. sandbox: for golds that
-    only algebra can compare. training: must share no question with examples.
+    check: a reward of `grpo.rewards`, called as check(completions, golds, extract=...); 1 is right. For golds that only
+    algebra can compare, `functools.partial(correctness, sandbox=sandbox)`. extract, extract_lenient: where a strict and
+    a lenient reading find the answer. training: must share no question with examples.
     out: a .jsonl file. Its first line holds what the evaluation was made with, `settings` (of the caller) included;
     then comes a line a question. If it exists and was made with the same, the evaluation goes on where it ends, and
     gives what it would have given uninterrupted. progress: called after each batch with the questions done, all
@@ -86,8 +89,8 @@ def evaluate(
         )
         texts = [decode(c.token_ids) for c in completions]
         golds = [e.gold for e in batch for _ in range(samples)]
-        strict = correctness(texts, golds, extract=extract, sandbox=sandbox)
-        lenient = correctness(texts, golds, extract=extract_lenient, sandbox=sandbox)
+        strict = check(texts, golds, extract=extract)
+        lenient = check(texts, golds, extract=extract_lenient)
         new = []
         for i, example in enumerate(batch):
             rows = range(i * samples, (i + 1) * samples)
@@ -231,7 +234,8 @@ class Args:
     data: str = "gsm8k"
     """gsm8k, math, dapo-math, arithmetic, countdown, a hub data set, or a local file or folder of splits"""
     split: str = "test"
-    """which split of it"""
+    """which split of it. A single file's are those of the recipes: test, the one question in twenty that they hold out,
+    and train, the others; all is the whole file"""
     config: str | None = None
     """configuration of a hub data set"""
     question: str | None = None
@@ -242,7 +246,7 @@ class Args:
     """the first so many questions only"""
     training: str | None = None
     """data whose train split the model was trained on; it must share no question with the test. By default that of
-    --data, where that is a known set or a folder with a train file"""
+    --data, where that is a known set, a folder with a train file, or a single file whose test part is asked"""
     system: str | None = None
     """system message, such as the recipe's"""
     prompt: str = "{question}"
@@ -265,12 +269,33 @@ class Args:
     """records, a line a question; an unfinished file is continued"""
 
 
+def load_split(data: str, split: str, *, limit: int | None = None, **fields: Any) -> list[Example]:
+    """The questions of one split. data, limit, fields: of `load_examples`. A single file's "train" and "test" are the
+    two parts of `load_splits`, so that a recipe trained on no question of "test"; "all" is the whole file.
+
+    Raises ValueError, as `load_examples`, and for a single file without such a split, or "all" of anything else."""
+    if not is_single_file(data):
+        if split == "all":
+            raise ValueError(f"--split all: {data} is not a single file; name one of its splits, such as test")
+        return load_examples(data, split=split, limit=limit, **fields)
+    if split == "all":
+        return load_examples(data, limit=limit, **fields)
+    if split not in ("train", "test"):
+        raise ValueError(f"--split {split}: {data} is a single file; give train, test or all")
+    examples = load_examples(data, **fields)
+    part = by_hash(examples, split)
+    if not part:
+        raise ValueError(f"--split {split}: none of the {len(examples)} questions of {data} is in it; give --split all")
+    return part[:limit]
+
+
 def main(args: Args) -> Evaluation:
     """The command, with its arguments as an object. Prints a line a batch and the metrics at the end."""
     # Imported here: this package depends on no engine; only who runs the command needs one, and a model.
     import torch
 
-    from grpo.models import encode_chat, load_policy, load_tokenizer, stop_ids
+    from grpo.models import encode_chat, load_policy, load_tokenizer, model_source, stop_ids
+    from grpo.run import fingerprint
     from grpo_rollout.engine import Sampling
     from grpo_rollout.make import make_engine
 
@@ -281,17 +306,18 @@ def main(args: Args) -> Evaluation:
             f"--temperature {args.temperature} with --samples {args.samples}: greedy samples are all the same; "
             "take a temperature above 0, or one sample"
         )
-
-    def load(data: str, split: str, limit: int | None = None) -> list[Example]:
-        return load_examples(
-            data, split=split, question=args.question, answer=args.answer, config=args.config, limit=limit
-        )
-
-    examples = load(args.data, args.split, args.limit)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be at least 1; leave it out to take every question")
+    load = functools.partial(load_split, question=args.question, answer=args.answer, config=args.config)
+    examples = load(args.data, args.split, limit=args.limit)
+    if is_single_file(args.data) and args.split != "all":
+        print(f"{args.data} has no splits: {len(examples)} questions of its {args.split} part; --split all takes all")
     training: list[Example] = []
     if args.training:
         training = load(args.training, "train")
-    elif args.split != "train" and (args.data in (*SOURCES, *GENERATED) or list(Path(args.data).glob("train.*"))):
+    elif args.split not in ("train", "all") and (
+        args.data in (*SOURCES, *GENERATED) or is_single_file(args.data) or list(Path(args.data).glob("train.*"))
+    ):
         training = load(args.data, "train")
     tokenizer = load_tokenizer(args.model)
 
@@ -316,6 +342,8 @@ def main(args: Args) -> Evaluation:
         max_completion_tokens=args.max_tokens,
     )
     engine.sync(model)
+    puzzles = args.data == "countdown"
+    # Where every gold is a number an answer that is none is wrong; algebra would take "9*2" for 18.
     numbers_only = all(parse_number(e.gold) for e in examples)
     with Sandbox() as sandbox:
         result = evaluate(
@@ -326,11 +354,20 @@ def main(args: Args) -> Evaluation:
             examples,
             samples=args.samples,
             seed=args.seed,
-            # Where every gold is a number an answer that is none is wrong; algebra would take "9*2" for 18.
-            sandbox=None if numbers_only else sandbox,
+            check=countdown if puzzles else functools.partial(correctness, sandbox=None if numbers_only else sandbox),
+            # An expression is found in its tags or box; the last number of a text, the lenient answer, is none.
+            extract_lenient=extract_answer if puzzles else extract_lenient,
             training=training,
             out=args.out,
-            settings={"model": args.model, "adapter": args.adapter, "load_in_4bit": args.load_in_4bit},
+            settings={
+                "model": args.model,
+                "model_sha256": fingerprint(model_source(args.model))["sha256"],
+                "adapter": args.adapter,
+                "adapter_sha256": fingerprint(Path(args.adapter) if args.adapter else None)["sha256"],
+                "load_in_4bit": args.load_in_4bit,
+                "engine": type(engine).__name__,
+                "check": "countdown" if puzzles else "correctness",
+            },
             questions_per_batch=args.batch,
             progress=lambda done, of, metrics: print(
                 f"{done}/{of} questions: pass@1 {metrics['pass_at_1']:.3f}, lenient {metrics['pass_at_1_lenient']:.3f}",

@@ -70,12 +70,18 @@ def find_adapter(run: Path, checkpoint: str) -> Path:
         if checkpoint != "final":
             raise ValueError(f"--checkpoint {checkpoint}: {run} is an adapter, not a run; leave it out")
         return run
-    read_run(run)
+    record = read_run(run)
     folder = run / "checkpoints"
     if checkpoint == "final":
-        if (run / "adapter" / "adapter_config.json").is_file():
-            return run / "adapter"
-        raise ValueError(f"{run} has no adapter/: the run has not finished; give --checkpoint best or a step")
+        # Of a run that was resumed adapter/ may be there, but is that of the earlier end.
+        if "finished" not in record:
+            raise ValueError(
+                f"--checkpoint final: {run}: the run has not finished; give --checkpoint best or a step, or go on with "
+                f"--resume {run}"
+            )
+        if not (run / "adapter" / "adapter_config.json").is_file():
+            raise ValueError(f"--checkpoint final: {run} has no adapter/; give --checkpoint best or a step")
+        return run / "adapter"
     if checkpoint == "best":
         path = best_checkpoint(folder)
         if path is None:
@@ -190,11 +196,35 @@ def sample_prompts(run: Path, count: int) -> list[str]:
     return list(dict.fromkeys(record["prompt"] for record in records))[:count]
 
 
+def results_of(run: Path, adapter: Path) -> dict[str, Any]:
+    """The last value of every metric when the weights in `adapter` were saved, `step` among them: of a checkpoint's
+    that is its step, else the end of the run. Empty for a bare adapter."""
+    metrics = run / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    if adapter.parent != run:
+        step = int(adapter.parent.name.removeprefix("step-"))
+        lines = [line for line in lines if line["step"] <= step]
+    return last_values(lines)
+
+
 def model_card(
     base: str, record: Mapping[str, Any], results: Mapping[str, Any], how: str, checks: Sequence[str]
 ) -> str:
     """README.md of the merged model: where it comes from, the command, the results, what merging changed."""
-    rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if name not in ("schema",)]
+    rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if name not in ("schema", "step")]
+    table = []
+    if rows:
+        table = [
+            f"The weights are those after step {results['step']}. Last values of the metrics up to it:",
+            "",
+            "| metric | value |\n| --- | --- |",
+            *rows,
+            "",
+            "The whole run:",
+            "",
+            "![curves](rewards.png)",
+            "",
+        ]
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     commit = (record.get("git") or {}).get("commit", "unknown")
     # Of a base that is a folder of this machine only the name says anything elsewhere.
@@ -213,12 +243,7 @@ def model_card(
             "",
             f"```\n{record.get('command', 'unknown')}\n```",
             "",
-            "Last values of the run's metrics:",
-            "",
-            "| metric | value |\n| --- | --- |",
-            *rows,
-            "",
-            *(["![curves](rewards.png)", ""] if rows else []),
+            *table,
             "What merging changed, on sample prompts of the run:",
             "",
             *(f"- {check}" for check in checks),
@@ -294,8 +319,7 @@ def export(args: Args) -> dict[str, Difference]:
     tokenizer.save_pretrained(temporary)
     source = "dequantised NF4 weights" if dequantise else "16-bit weights" if dtype.itemsize == 2 else "32-bit weights"
     how = f"A LoRA adapter merged into the base model's {source}, {str(dtype).removeprefix('torch.')}."
-    metrics = args.run / "metrics.jsonl"
-    results = last_values(read_metrics(metrics)) if metrics.is_file() else {}
+    results = results_of(args.run, adapter) if adapter != args.run else {}
     if results and (args.run / "rewards.png").is_file():
         shutil.copy(args.run / "rewards.png", temporary)
     (temporary / "README.md").write_text(model_card(base, record, results, how, checks), encoding="utf-8")

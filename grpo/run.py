@@ -139,6 +139,8 @@ class Run:
             if int(path.stem.rsplit("-", 1)[1]) > resumed["step"]:
                 path.unlink()
         record = read_run(self.directory)
+        for name in ("finished", "results", "best_checkpoint"):
+            record.pop(name, None)  # they tell of an earlier end, as adapter/ is of one until the run ends again
         record.setdefault("resumed", []).append(resumed)
         _write_record(self.directory, record)
 
@@ -327,7 +329,7 @@ class Run:
 
     def record_inputs(self, **inputs: Any) -> None:
         """Note in run.json the fingerprints of what the run is made of, by name: a model folder or data file
-        (Path), or the examples themselves (a sequence of tuples, dicts or strings).
+        (Path), the examples themselves (a sequence of tuples, dicts or strings), or None: a resume cannot add one.
 
         Raises ValueError, naming the input, where a resumed run's is no longer what it was."""
         if not self.writes:
@@ -729,10 +731,10 @@ def strip_times(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_values(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last value of every metric."""
+    """The last value of every metric; null, as NaN is stored, is none."""
     values: dict[str, Any] = {}
     for line in history:
-        values.update(strip_times(line))
+        values.update({name: value for name, value in strip_times(line).items() if value is not None})
     return values
 
 
@@ -766,10 +768,12 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def fingerprint(value: Any) -> dict[str, Any]:
-    """{"sha256": ..., ...} of a file or folder (Path), of text, or of a sequence of examples.
+    """{"sha256": ..., ...} of a file or folder (Path), of text, or of a sequence of examples; of None "none".
 
     Of files above 64 MiB (weights) only the size, the first and the last MiB count: a safetensors header with
     names and shapes, and the end of the data. That tells two models apart without reading 30 GB."""
+    if value is None:
+        return {"sha256": "none"}
     digest = hashlib.sha256()
     if not isinstance(value, Path):
         items = [value] if isinstance(value, str) else list(value)

@@ -202,7 +202,7 @@ def main(args: Args) -> None:
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / (args.warmup_steps + 1)))
-    run.record_inputs(model=model_source(args.model), train=train, held_out=held_out)
+    run.record_inputs(model=model_source(args.model), adapter=args.adapter, train=train, held_out=held_out)
     run.restore(model, optimizer, scheduler)
 
     def evaluate(step: int) -> dict[str, float]:

@@ -8,8 +8,9 @@ import re
 from typing import NamedTuple
 
 import pytest
+from conftest import write_byte_model
 
-from grpo.data import Example
+from grpo.data import Example, load_splits
 from grpo.evaluate import Args, evaluate, main, majority, mean_and_error, pass_at_k, summarize
 
 
@@ -279,6 +280,120 @@ def test_command(args, capsys):
     assert [r["completions"] for r in other.records] != [r["completions"] for r in result.records]
 
 
+def test_another_adapter_in_the_same_place_or_another_engine_is_another_evaluation(args, tmp_path, monkeypatch):
+    import dataclasses
+
+    import grpo_rollout.make
+    from grpo.checkpoint import save_adapter
+    from grpo.models import load_policy
+    from grpo_rollout.torch_engine import TorchEngine
+
+    args = dataclasses.replace(args, adapter=str(tmp_path / "adapter"))
+    policy = load_policy(args.model, lora_rank=1, load_in_4bit=False)
+    save_adapter(policy, tmp_path / "adapter")
+    result = main(args)
+    assert main(args) == result
+    header = json.loads(args.out.read_text().splitlines()[0])["evaluation"]
+    assert header["engine"] == "TorchEngine"
+    assert str(tmp_path) not in header["adapter_sha256"] + header["model_sha256"]
+
+    class OtherEngine(TorchEngine):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            grpo_rollout.make,
+            "make_engine",
+            lambda kind, model, *, eos_ids, pad_id, **_: OtherEngine(model, eos_ids=eos_ids, pad_id=pad_id),
+        )
+        with pytest.raises(ValueError, match="was made with engine 'TorchEngine', and now it is 'OtherEngine'"):
+            main(args)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    save_adapter(policy, tmp_path / "adapter")
+    before = args.out.read_text()
+    with pytest.raises(ValueError, match="was made with adapter_sha256"):
+        main(args)
+    assert args.out.read_text() == before
+
+
+def test_another_model_in_the_same_place_is_another_evaluation(args, tmp_path):
+    import dataclasses
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(args.model, model)
+    args = dataclasses.replace(args, model=str(model))
+    main(args)
+    with open(model / "config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="was made with model_sha256"):
+        main(args)
+
+
+def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
+    """As its recipe does: an expression is right; the gold repeated, or its target alone, is not, to either reading."""
+    import dataclasses
+
+    import grpo_rollout.make
+    from grpo.models import load_tokenizer
+
+    said = [
+        "<think>40 / 8 is 5, but 64...</think> <answer>40 * 2 * 4 / 64 = 5</answer>",
+        "<answer>5: 40 4 64 2</answer>",
+        "<answer>5</answer>",
+        "40 * 2 * 4 / 64 = 5",
+    ]
+    model = write_byte_model(tmp_path / "byte-model", "llama", said)
+    tokenizer = load_tokenizer(str(model))
+
+    class Player:
+        def sync(self, model):
+            pass
+
+        def generate(self, prompts, group_size, sampling, *, seed):
+            assert "40, 4, 64, 2" in tokenizer.decode(prompts[0])
+            return [Completion(tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in said]
+
+    monkeypatch.setattr(grpo_rollout.make, "make_engine", lambda *_, **__: Player())
+    result = main(dataclasses.replace(args, model=str(model), data="countdown", limit=1, samples=4))
+    (line,) = result.records
+    assert line["gold"] == "5: 40 4 64 2"
+    assert line["completions"] == said
+    assert line["correct"] == line["lenient_correct"] == [True, False, False, False]
+    assert line["lenient_answers"] == line["answers"] == ["40 * 2 * 4 / 64 = 5", "5: 40 4 64 2", "5", None]
+
+
+def test_a_single_file_has_the_parts_that_recipes_train_on_and_hold_out(args, tmp_path, capsys):
+    import dataclasses
+
+    rows = [{"question": f"w{i} w{j}", "answer": f"w{i}"} for i in range(10, 16) for j in range(10, 16)]
+    file = tmp_path / "one.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train, test = load_splits(str(file))
+    assert len(train) > 3
+    assert test
+    args = dataclasses.replace(args, data=str(file))
+
+    def asked(**changes):
+        out = args.out.with_name(f"{len(list(tmp_path.iterdir()))}.jsonl")
+        return [r["question"] for r in main(dataclasses.replace(args, out=out, **changes)).records]
+
+    assert asked() == asked(training=str(file)) == [e.question for e in test]
+    assert f"one.jsonl has no splits: {len(test)} questions of its test part; --split all" in capsys.readouterr().out
+    assert asked(split="train", limit=3) == [e.question for e in train[:3]]
+    assert asked(split="all") == [r["question"] for r in rows]
+    # It is compared with its own train part: data of another set must be named.
+    with pytest.raises(ValueError, match="test questions are training questions too"):
+        asked(split="all", training=str(file))
+    with pytest.raises(ValueError, match=r"--split validation: .* is a single file; give train, test or all"):
+        asked(split="validation")
+    file.write_text(json.dumps(train[0]._asdict() | {"answer": "1"}) + "\n")
+    with pytest.raises(ValueError, match=r"--split test: none of the 1 questions of .* is in it; give --split all"):
+        asked()
+
+
 def test_command_refuses(args, tmp_path):
     import dataclasses
 
@@ -288,5 +403,9 @@ def test_command_refuses(args, tmp_path):
         main(dataclasses.replace(args, prompt="Solve this."))
     train = tmp_path / "data" / "train.jsonl"
     with pytest.raises(ValueError, match="5 test questions are training questions too"):
-        main(dataclasses.replace(args, data=str(train), training=str(train)))
+        main(dataclasses.replace(args, data=str(train), split="all", training=args.data))
+    with pytest.raises(ValueError, match=r"--limit 0 must be at least 1"):
+        main(dataclasses.replace(args, data=str(train), limit=0))
+    with pytest.raises(ValueError, match=r"--split all: arithmetic is not a single file"):
+        main(dataclasses.replace(args, data="arithmetic", split="all"))
     assert not args.out.exists()

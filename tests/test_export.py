@@ -1,6 +1,7 @@
 """Export: the merged weights, the comparisons, the folder that is taken home."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_the_card_names_command_results_and_what_merging_changed(run, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     record = json.loads((run / "run.json").read_text())
     assert f"```\n{record['command']}\n```" in card
+    assert "The weights are those after step 3." in card
     assert "| reward | 0.3 |" in card
     assert "| eval/pass_at_1 | 0.5 |" in card
     assert "adapter against merged: 2 of 2" in card
@@ -96,6 +98,33 @@ def test_the_card_names_command_results_and_what_merging_changed(run, tmp_path):
     assert str(run) not in card.replace(record["command"], "")  # a path of this machine says nothing elsewhere
     assert "![curves](rewards.png)" in card
     assert (tmp_path / "out/rewards.png").read_bytes() == (run / "rewards.png").read_bytes()
+
+
+@pytest.mark.parametrize(("checkpoint", "step", "score"), [("2", 2, 0.5), ("best", 1, 0.9)])
+def test_the_card_of_a_checkpoint_gives_the_metrics_of_its_step(run, tmp_path, checkpoint, step, score):
+    merged(run, tmp_path / "out", checkpoint=checkpoint, prompts=1, max_tokens=1)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"The weights are those after step {step}." in card
+    assert f"| reward | {step / 10} |" in card
+    assert f"| eval/pass_at_1 | {score} |" in card
+
+
+def test_a_metric_that_ends_as_null_has_its_last_number_on_the_card(run, tmp_path):
+    changed = tmp_path / "run"
+    shutil.copytree(run, changed)
+    with open(changed / "metrics.jsonl", "a") as file:
+        file.write('{"schema": 1, "step": 4, "reward": null, "kl": null, "times": {}}\n')
+    merged(changed, tmp_path / "out", prompts=1, max_tokens=1)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| reward | 0.3 |" in card
+    assert "| kl |" not in card
+
+
+def test_a_bare_adapter_s_card_gives_no_metrics(run, tmp_path):
+    merged(run / "adapter", tmp_path / "out", prompts=1, max_tokens=1)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "metric" not in card
+    assert "adapter against merged" in card
 
 
 def test_weight_changes_against_float64(run, model_folder):
@@ -151,6 +180,10 @@ def test_an_unfinished_run_and_a_torn_checkpoint_are_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
     run.save(1, model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match="the run has not finished; give --checkpoint best or a step"):
+        find_adapter(run.directory, "final")
+    (run.directory / "adapter").mkdir()
+    (run.directory / "adapter" / "adapter_config.json").write_text("{}")  # of an earlier end, before a resume
+    with pytest.raises(ValueError, match=r"--checkpoint final: .* has not finished; .* go on with --resume"):
         find_adapter(run.directory, "final")
     with pytest.raises(ValueError, match=r"no checkpoint in .* was evaluated"):
         find_adapter(run.directory, "best")

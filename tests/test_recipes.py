@@ -11,7 +11,7 @@ import torch
 from conftest import load_recipe, write_byte_model
 from safetensors.torch import load_file
 
-from grpo.run import read_metrics
+from grpo.run import read_metrics, read_run
 
 ROOT = Path(__file__).parent.parent
 MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
@@ -69,6 +69,7 @@ def test_a_recipe_runs_and_its_page_explains_what_it_logs(name, data, tmp_path):
     assert [("eval/pass_at_1" in line) for line in lines] == [True, False, True]
     assert all(line["mismatch_mean"] < 1e-4 for line in lines[1:])  # sampler and trainer are one policy
     assert any(line["zero_variance"] < 1 and line["grad_norm"] > 0 for line in lines[1:])
+    assert read_run(tmp_path / "run")["inputs"].keys() == {"model", "adapter", "train", "held_out"}
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     moved = [n for n, t in adapter.items() if "lora_B" in n and torch.count_nonzero(t)]
     assert len(moved) == len(adapter) / 2  # B begins at zero: every adapted layer has learnt something

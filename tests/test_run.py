@@ -20,7 +20,7 @@ from run_driver import RECIPE, Args, parts, train
 from safetensors.torch import load_file
 
 from grpo.distributed import init_distributed
-from grpo.run import command_line, fingerprint, read_metrics, read_run, start_run, strip_times
+from grpo.run import command_line, fingerprint, last_values, read_metrics, read_run, start_run, strip_times
 from grpo.watch import View, alarms, format_line
 
 
@@ -238,6 +238,17 @@ def test_inputs_are_fingerprinted_and_must_not_change(tmp_path):
         run.record_inputs(file=data)
 
 
+def test_an_input_that_was_not_there_cannot_be_added_nor_one_taken_away(tmp_path):
+    run = start(tmp_path / "run")
+    (tmp_path / "adapter").write_text("weights")
+    run.record_inputs(first=None, second=tmp_path / "adapter")
+    run.record_inputs(first=None, second=tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"first has changed since the run began \(none then, \w{12} now"):
+        run.record_inputs(first=tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"second has changed since the run began \(\w{12} then, none now"):
+        run.record_inputs(second=None)
+
+
 def test_a_large_file_is_told_by_its_size_its_beginning_and_its_end(tmp_path):
     found = []
     for place, value in ((None, 0), (0, 1), (65 * 2**20 - 1, 1)):
@@ -290,6 +301,24 @@ def test_a_resume_that_fails_before_it_restores_has_lost_nothing(tmp_path):
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
     train(Args(resume=directory, steps=7, save_every=2))
     assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_finished_run_that_goes_on_is_no_longer_finished(tmp_path):
+    train(Args(run_dir=tmp_path / "run", steps=2))
+    ends = {"finished", "results", "best_checkpoint"}
+    assert ends <= read_run(tmp_path / "run").keys()
+    run = start_run(Args(resume=tmp_path / "run", steps=4), recipe=RECIPE)
+    assert ends <= read_run(tmp_path / "run").keys()  # nothing is lost before the resume is sure to take place
+    run.restore(*parts(run.args))
+    assert not ends & read_run(tmp_path / "run").keys()
+    run._close()
+    train(Args(resume=tmp_path / "run", steps=4))
+    assert read_run(tmp_path / "run")["results"]["step"] == 4
+
+
+def test_the_last_value_of_a_metric_is_a_number():
+    history = [{"schema": 1, "step": 1, "kl": 0.5, "loss": None}, {"schema": 1, "step": 2, "kl": None, "loss": None}]
+    assert last_values(history) == {"schema": 1, "step": 2, "kl": 0.5}
 
 
 def test_what_the_adapter_was_trained_with_cannot_change(tmp_path):

@@ -27,7 +27,7 @@ def small(recipe, model_folder, tmp_path, monkeypatch):
 
     def args(name="run", **settings):
         defaults = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "eval_questions": 4, "max_completion_tokens": 8}
-        return recipe.Args(model=model_folder(), run_dir=tmp_path / name, **(defaults | settings))
+        return recipe.Args(**({"model": model_folder(), "run_dir": tmp_path / name} | defaults | settings))
 
     return args
 
@@ -91,6 +91,20 @@ def test_a_continued_adapter_is_its_own_reference(recipe, small, tmp_path):
     assert kl == pytest.approx([0, 0], abs=1e-6)
     config = json.loads((tmp_path / "continued" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 16
+
+
+def test_a_resume_with_another_reference_is_refused(recipe, small, tmp_path):
+    recipe.main(small(steps=1, learning_rate=3e-2, warmup_steps=0))
+    adapter = tmp_path / "run" / "adapter"
+    recipe.main(small("continued", steps=1, adapter=adapter))
+    resume = {"run_dir": None, "resume": tmp_path / "continued"}
+    before = (tmp_path / "continued" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"adapter has changed since the run began .* none now"):
+        recipe.main(small(**resume))
+    recipe.main(small(steps=2, learning_rate=3e-2, warmup_steps=0, run_dir=None, resume=tmp_path / "run"))
+    with pytest.raises(ValueError, match="adapter has changed since the run began"):
+        recipe.main(small(adapter=adapter, **resume))
+    assert (tmp_path / "continued" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("drop", [True, False])
