@@ -192,8 +192,8 @@ def sample_prompts(run: Path, count: int) -> list[str]:
         return ["What is 7 + 5?", "Tom has 3 apples and buys 4 more. How many has he?", "Name a prime above 20."][
             :count
         ]
-    records = (json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines())
-    return list(dict.fromkeys(record["prompt"] for record in records))[:count]
+    with open(files[-1], encoding="utf-8") as file:
+        return list(dict.fromkeys(json.loads(line)["prompt"] for line in file))[:count]
 
 
 def results_of(run: Path, adapter: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
@@ -555,6 +556,7 @@ def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
             write_text(temporary / "git.diff", diff)
         record = {
             "schema": SCHEMA,
+            "id": secrets.token_hex(8),  # directories of two machines, or of one day, may share a name
             "recipe": recipe.name,
             "command": " ".join(["python", *sys.argv]),
             "argv": sys.argv[1:],
@@ -577,7 +579,7 @@ def _create(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
                 continue
             run = Run(directory, args, world, **options, _lock=lock, _metrics=metrics)
             try:
-                run._tracker = open_tracker(args.track, directory, record["args"])
+                run._tracker = open_tracker(args.track, directory, record["args"], run_id=record["id"])
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)  # nothing has run in it: its name is free again
                 raise
@@ -625,7 +627,8 @@ def _reopen(args: Any, recipe: Path, world: World, options: dict[str, Any]) -> R
     if changed:
         run._argv = [*record["argv"], *_without_directories(sys.argv[1:])]
     run.history = read_metrics(directory / "metrics.jsonl", kept_bytes)
-    run._tracker = open_tracker(args.track, directory, record["args"])
+    run_id = record.get("id", directory.resolve().name)  # runs begun before ids were
+    run._tracker = open_tracker(args.track, directory, record["args"], run_id=run_id, start_step=step)
     for message in refused:
         run.say(f"warning: {message}; the one before is used")
     for name, (old, new) in changed.items():

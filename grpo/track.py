@@ -25,20 +25,23 @@ def check_tracker(kind: str) -> None:
         raise ValueError(f"--track {kind} needs a package: pip install {_PACKAGE[kind]}")
 
 
-def open_tracker(kind: str, directory: Path, arguments: Mapping[str, Any]) -> Tracker | None:
-    """The tracker of a run directory; opened again on a resume, it continues the same run. "none" is None.
+def open_tracker(
+    kind: str, directory: Path, arguments: Mapping[str, Any], *, run_id: str, start_step: int = 0
+) -> Tracker | None:
+    """The tracker of a run directory; opened again with its id on a resume, it continues the same run after start_step.
+    "none" is None.
 
     wandb: the project is $WANDB_PROJECT or grpo-recipes; WANDB_MODE=offline writes to the run directory only."""
     check_tracker(kind)
     if kind == "wandb":
-        return _Wandb(directory, arguments)
+        return _Wandb(directory, arguments, run_id)
     if kind == "tensorboard":
-        return _TensorBoard(directory)
+        return _TensorBoard(directory, start_step)
     return None
 
 
 class _Wandb:
-    def __init__(self, directory: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, arguments: Mapping[str, Any], run_id: str) -> None:
         import os
 
         import wandb
@@ -47,7 +50,7 @@ class _Wandb:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "grpo-recipes"),
                 name=directory.name,
-                id=directory.resolve().name,
+                id=run_id,
                 resume="allow",
                 dir=str(directory),
                 config=dict(arguments),
@@ -67,10 +70,12 @@ class _Wandb:
 
 
 class _TensorBoard:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"))
+        # Of a resumed run the steps after the checkpoint are done again, and would stand there twice.
+        purge = start_step + 1 if start_step else None
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():

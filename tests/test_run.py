@@ -578,6 +578,16 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert "times/seconds" in events.Tags()["scalars"]
 
 
+def test_tensorboard_has_the_steps_of_a_resumed_run_once(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(Args(run_dir=tmp_path / "run", steps=5, track="tensorboard"))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000005")
+    train(Args(resume=tmp_path / "run", steps=6, track="tensorboard"))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("reward")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_wandb_gets_every_number_and_continues_one_run_after_a_resume(tmp_path, monkeypatch):
     """Against a recording of the calls; `WANDB_MODE=offline` was run by hand, see docs/runs.md."""
     calls: list[tuple] = []
@@ -602,13 +612,17 @@ def test_wandb_gets_every_number_and_continues_one_run_after_a_resume(tmp_path, 
     run.log(1, {"reward": 0.5, "kl": float("nan")})
     run._close()
     run = start_run(Args(resume=tmp_path / "run", track="wandb"), recipe=RECIPE)
-    assert calls[:2] == [("init", "run", "allow", 6), ("define", "*", "step")]
+    run_id = calls[0][1]
+    assert calls[:2] == [("init", run_id, "allow", 6), ("define", "*", "step")]
     logged = calls[2][1]
     assert {name: value for name, value in logged.items() if not name.startswith("times/")} == {
         "step": 1, "reward": 0.5, "skipped_steps": 0,
     }  # fmt: skip
     assert "times/seconds" in logged
-    assert calls[3:] == [("finish",), ("init", "run", "allow", 6), ("define", "*", "step")]
+    assert calls[3:] == [("finish",), ("init", run_id, "allow", 6), ("define", "*", "step")]
+    run._close()
+    start_run(Args(run_dir=tmp_path / "other/run", track="wandb"), recipe=RECIPE)  # as on another machine
+    assert calls[-2][1] != run_id
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
@@ -631,7 +645,7 @@ def test_wandb_s_refusal_is_an_error_of_ours(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_cannot_begin_leaves_the_directory_s_name_free(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("no API key")
 
     monkeypatch.setattr("grpo.run.open_tracker", refuse)
