@@ -66,9 +66,9 @@ def load_examples(
     Raises ValueError that names the flag, or the row and the field, and the remedy."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} must be at least 1; leave it out to take every example")
+    if source in (*GENERATED, *SOURCES) and split not in ("train", "test"):
+        raise ValueError(f'split {split!r}: {source} has "train" and "test"')
     if source in GENERATED:
-        if split not in ("train", "test"):
-            raise ValueError(f'split {split!r}: {source} has "train" and "test"')
         if source == "arithmetic":
             return arithmetic_examples(limit, seed=seed, split=split)
         return countdown_examples(limit or 10_000, seed=seed, split=split)

@@ -115,6 +115,8 @@ def test_bad_sources(tmp_path, monkeypatch):
         load_examples("arithmetic", limit=0)
     with pytest.raises(ValueError, match='arithmetic has "train" and "test"'):
         load_examples("arithmetic", split="validation")
+    with pytest.raises(ValueError, match='gsm8k has "train" and "test"'):  # not its training questions instead
+        load_examples("gsm8k", split="validation")
 
 
 def test_unreachable_hub_names_flag_and_remedy(monkeypatch):
