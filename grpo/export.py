@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo.checkpoint import best_checkpoint, checkpoint_name, list_checkpoints, verify_checkpoint
 from grpo.cli import user_errors
 from grpo.models import load_tokenizer, resolve_model, stop_ids
+from grpo.report import read_completions
 from grpo.run import last_values, read_metrics, read_run
 
 
@@ -192,13 +193,14 @@ def sample_prompts(run: Path, count: int) -> list[str]:
         return ["What is 7 + 5?", "Tom has 3 apples and buys 4 more. How many has he?", "Name a prime above 20."][
             :count
         ]
-    with open(files[-1], encoding="utf-8") as file:
-        return list(dict.fromkeys(json.loads(line)["prompt"] for line in file))[:count]
+    return list(dict.fromkeys(record["prompt"] for record in read_completions(files[-1])))[:count]
 
 
 def results_of(run: Path, adapter: Path) -> dict[str, Any]:
     """The last value of every metric when the weights in `adapter` were saved, `step` among them: of a checkpoint's
     that is its step, else the end of the run. Empty for a bare adapter."""
+    if adapter == run:
+        return {}
     metrics = run / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
     if adapter.parent != run:
@@ -319,7 +321,7 @@ def export(args: Args) -> dict[str, Difference]:
     tokenizer.save_pretrained(temporary)
     source = "dequantised NF4 weights" if dequantise else "16-bit weights" if dtype.itemsize == 2 else "32-bit weights"
     how = f"A LoRA adapter merged into the base model's {source}, {str(dtype).removeprefix('torch.')}."
-    results = results_of(args.run, adapter) if adapter != args.run else {}
+    results = results_of(args.run, adapter)
     if results and (args.run / "rewards.png").is_file():
         shutil.copy(args.run / "rewards.png", temporary)
     (temporary / "README.md").write_text(model_card(base, record, results, how, checks), encoding="utf-8")

@@ -113,7 +113,8 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
     return "<table><tr><th>metric</th><th>first</th><th>last</th></tr>" + "".join(rows) + "</table>"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_completions(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that `Run.save_completions` wrote."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -133,7 +134,7 @@ def _before_and_after(folder: Path, count: int = 6) -> list[str]:
     files = sorted(folder.glob("eval-*.jsonl"))
     if len(files) < 2:
         return []
-    first, last = ({r["prompt"]: r for r in reversed(_read(f))} for f in (files[0], files[-1]))
+    first, last = ({r["prompt"]: r for r in reversed(read_completions(f))} for f in (files[0], files[-1]))
     steps = [int(f.stem.removeprefix("eval-")) for f in (files[0], files[-1])]
     parts = ["<h2>Held-out questions, before and after</h2>"]
     for prompt in [p for p in reversed(first) if p in last][:count]:
@@ -148,7 +149,7 @@ def _training_samples(folder: Path, groups: int = 3, width: int = 4) -> list[str
     if not files:
         return []
     by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for record in _read(files[-1]):
+    for record in read_completions(files[-1]):
         by_prompt.setdefault(record["prompt"], []).append(record)
     parts = [f"<h2>Training samples of step {int(files[-1].stem.removeprefix('train-'))}</h2>"]
     for prompt, records in list(by_prompt.items())[:groups]:

@@ -21,13 +21,21 @@ _LETTERS = re.compile(r"[A-Z](?:\s*,?\s*[A-Z])*")
 
 def symbolic_equal(answer: str, gold: str) -> bool:
     """Whether math-verify finds the two LaTeX expressions equal, and the answer is one answer."""
-    return _may_be_compared(answer, gold) and _verified(answer, gold)
+    value = answer if "=" in gold else strip_name(answer)
+    if "=" in value and "=" not in gold:
+        # math-verify compares the right side of any equation, of "1 = 18" too; only a name may stand on the left.
+        return False
+    if not _is_one_answer(answer, gold):
+        return False
+    parsed = [
+        parse(rf"\boxed{{{text}}}", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+        for text in (gold, value)
+    ]
+    return bool(verify(parsed[0], parsed[1], timeout_seconds=None))
 
 
-def _may_be_compared(answer: str, gold: str) -> bool:
+def _is_one_answer(answer: str, gold: str) -> bool:
     """False where math-verify would pass over what makes the answer another one, or two."""
-    if "=" in answer and "=" not in gold and "=" in strip_name(answer):
-        return False  # it compares the right side of any equation, of "1 = 18" too; only a name may stand on the left
     if set(_RELATION.findall(answer)) - set(_RELATION.findall(gold)):
         return False
     if not _balanced(answer):
@@ -48,16 +56,6 @@ def _balanced(text: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
-
-
-def _verified(answer: str, gold: str) -> bool:
-    if "=" not in gold:
-        answer = strip_name(answer)
-    parsed = [
-        parse(rf"\boxed{{{text}}}", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
-        for text in (gold, answer)
-    ]
-    return bool(verify(parsed[0], parsed[1], timeout_seconds=None))
 
 
 symbolic_equal("x^2+1", r"\frac{1}{2}")  # builds the parser's tables, which must not count as anyone's time
