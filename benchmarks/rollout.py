@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
-from grpo.layers import fuse_layers
 from grpo.logprobs import completion_logps
 from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
@@ -57,9 +56,9 @@ class Args:
     """list the kernels of 16 decode steps and of a training step"""
     fused_nf4: bool = True
     """our product on 4-bit weights; else bitsandbytes' way"""
-    fused_lora: bool = False
+    fused_lora: bool = True
     """the sampler's adapter within our product"""
-    fused_training: bool = False
+    fused_training: bool = True
     """the trainer's layers in fewer passes over memory (grpo.layers)"""
     kept_layers: int = 0
     """layers that keep their activations rather than compute them again in the backward pass"""
@@ -143,9 +142,9 @@ def main(args: Args) -> None:
     start = time.perf_counter()
     torch.cuda.init()
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
-    model = load_policy(args.model, lora_rank=args.lora_rank, gradient_checkpointing=True, device="cuda")
-    if args.fused_training:
-        print(fuse_layers(model))
+    model = load_policy(
+        args.model, lora_rank=args.lora_rank, gradient_checkpointing=True, fused=args.fused_training, device="cuda"
+    )
     torch.cuda.empty_cache()
     weights = used()
     print(f"trainer loaded: {time.perf_counter() - start:.1f} s, {weights:.2f} GiB in use", flush=True)
@@ -165,7 +164,7 @@ def main(args: Args) -> None:
     engine = VLLMEngine(
         model, eos_ids=[model.config.vocab_size - 1], max_prompt_tokens=args.prompt_tokens,
         max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gb=args.gpu_memory_gb,
-        dequantize=args.dequantize, fused_nf4=args.fused_nf4, fused_lora=args.fused_lora,
+        dequantize=args.dequantize, fused_nf4=args.fused_nf4, fused_lora=None if args.fused_lora else False,
         tolerance=0.3,  # random weights amplify the rounding of bf16: see the fp32 reference below
     )  # fmt: skip
     made = time.perf_counter() - begin

@@ -1,6 +1,6 @@
 """A transformers model's layers in fewer passes over memory, for training: norms, gated MLPs, adapted 4-bit layers."""
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,27 +30,33 @@ class Fused(NamedTuple):
 
 
 def fuse_layers(model: PeftModel) -> Fused:
-    """Take over the forward of the layers whose classes are known exactly, on the instance; others stay as they are.
+    """Take over the forward of the layers whose classes are known exactly; others stay as they are.
 
     RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
     `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
-    knows. Values are the same but for fewer roundings; parameters, names and files stay as they are."""
+    knows. Values are the same but for fewer roundings; parameters, names and files stay as they are. A second
+    call finds nothing left."""
     norms = [m for m in model.modules() if type(m) in NORMS]
     mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
     for norm in norms:
-        norm.forward = functools.partial(_norm, norm, norm.forward)
+        norm.__class__ = _subclass(type(norm), _norm)
     for mlp in mlps:
-        mlp.forward = functools.partial(_mlp, mlp)
+        mlp.__class__ = _subclass(type(mlp), _mlp)
     return Fused(fuse_adapters(model), len(norms), len(mlps))
+
+
+def _subclass(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
+    """Of the same name. (A `forward` of the instance's own would be a cycle, and keep the weights after the model.)"""
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _activation(mlp: Any) -> Any:
     return mlp.activation_fn if isinstance(mlp, Phi3MLP) else mlp.act_fn
 
 
-def _norm(norm: Any, plain: Any, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     if x.dtype != norm.weight.dtype:  # transformers then returns the wider of the two
-        return plain(x)
+        return super(type(norm), norm).forward(x)
     with torch.autocast(x.device.type, enabled=False):  # which may ask for fp32, as the kernel computes in anyway
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 

@@ -1,8 +1,6 @@
 """The trainer's linear layers, NF4 weight and LoRA adapter in one step, in place of PEFT's forward pass."""
 
-import functools
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
-from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, Lora, absmax_of, nf4_dequantise, nf4_linear, triton
+from grpo_kernels.nf4_linear import BLOCK, Lora, absmax_of, choose_backend, nf4_dequantise, nf4_linear, triton
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""
@@ -22,10 +20,11 @@ def fuse_adapters(model: PeftModel) -> int:
 
     PEFT passes six times more over y: it copies the base layer's result, scales the adapter's and adds the two, each
     out of place. Here the adapter's product is added by the matrix product itself, in the forward pass to y and in the
-    backward pass to the gradient of x, and the scaling is part of B, as in the sampler, rounded once. Without gradient
-    and for few rows (the torch engine decoding on a GPU) it is `nf4_linear` with the adapter in it. Where a layer is
-    asked for anything else (adapters off or several, merged weights, dropout, a variant of LoRA), PEFT's own forward
-    runs. A layer's `forward` is replaced on the instance: parameters, names and files stay PEFT's.
+    backward pass to the gradient of x, and the scaling is part of B, as in the sampler, rounded once. Under
+    `torch.inference_mode`, in which the torch engine decodes, it is `nf4_linear` with the adapter in it where that
+    reads the weight once, and PEFT's way where not. Where a layer is asked for anything else (adapters off or several,
+    merged weights, dropout, a variant of LoRA), PEFT's own forward runs. A layer becomes one of a subclass: parameters,
+    names and files stay PEFT's. A second call finds none left, and returns 0.
 
     Raises ValueError for another PEFT than it was written for."""
     version = importlib.metadata.version("peft")
@@ -33,15 +32,16 @@ def fuse_adapters(model: PeftModel) -> int:
         raise ValueError(
             f"fuse_adapters was written for peft {PEFT}.* and found {version}; install that, or leave it out"
         )
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and _is_nf4(m.get_base_layer())]
+    layers = [m for m in model.modules() if type(m) is Linear4bit and _is_nf4(m.get_base_layer())]
     for layer in layers:
-        layer.forward = functools.partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+        layer.__class__ = _FusedLinear4bit
     return len(layers)
 
 
 def _is_nf4(base: Any) -> bool:
     state = base.weight.quant_state
-    return state is not None and (state.quant_type, state.blocksize, base.weight.dtype) == ("nf4", BLOCK, torch.uint8)
+    known = state is not None and (state.quant_type, state.blocksize, base.weight.dtype) == ("nf4", BLOCK, torch.uint8)
+    return known and state.shape[1] % BLOCK == 0
 
 
 def _on_nvidia(x: Tensor) -> bool:
@@ -49,29 +49,36 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and not torch.version.hip
 
 
-def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    base = layer.get_base_layer()
-    usual = (
-        isinstance(base, bnb.nn.Linear4bit)  # not so in a copy whose weights were dequantised
-        and name in layer.lora_A
-        and not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
-        and getattr(layer.lora_dropout[name], "p", 0.0) == 0.0
-        and layer.lora_B[name].bias is None
-    )
-    if not usual:
-        return plain(x, *args, **kwargs)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    decoding = _on_nvidia(x) and len(flat) <= FUSED_ROWS and not torch.is_grad_enabled()
-    product = _read_once if decoding else _LoraLinear.apply
-    y = product(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], base)
-    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+class _FusedLinear4bit(Linear4bit):
+    """Not a `forward` of the instance's own: that would be a cycle, and keep the weights after the model."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name: Any = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        base: Any = self.get_base_layer()
+        usual = (
+            isinstance(base, bnb.nn.Linear4bit)  # not so in a copy whose weights were dequantised
+            and name in self.lora_A
+            and not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+            and getattr(self.lora_dropout[name], "p", 0.0) == 0.0
+            and self.lora_B[name].bias is None
+        )
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        decoding = torch.is_inference_mode_enabled()
+        if decoding and choose_backend(flat, len(flat), x.shape[-1]) != "fused":
+            usual = False
+        if not usual:
+            return super().forward(x, *args, **kwargs)
+        product = _read_once if decoding else _LoraLinear.apply
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
+        y = product(flat, a, b, self.scaling[name], base)
+        return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 def _read_once(x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
-    """Without gradient, for few rows: the 4-bit weight is not dequantised to memory first, where the kernel applies."""
+    """For few rows, without gradient: the 4-bit weight is not dequantised to memory first."""
     low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
     state = base.weight.quant_state
     shape = (state.shape[0], state.shape[1])

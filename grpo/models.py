@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from grpo.cli import names_a_path
+from grpo.layers import fuse_layers
 
 REFERENCE = "reference"
 """the name of the frozen second adapter that a continued run measures its KL against"""
@@ -178,6 +179,7 @@ def load_policy(
     adapter: str | Path | None = None,
     load_in_4bit: bool = True,
     gradient_checkpointing: bool = False,
+    fused: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> PeftModel:
@@ -190,6 +192,7 @@ def load_policy(
     module names separated by commas, wildcards allowed ("q_proj,v_proj", "*.mlp.*"). Dropout is 0: the ratio
     of new to old policy must not be noise. adapter: a trained adapter's folder, trained further; a frozen copy
     of it then is the reference policy (its rank, alpha and targets count).
+    fused: take over norms, gated MLPs and adapted 4-bit layers in fewer passes over memory (`grpo.layers`).
     seed: of the adapter's initial A (B is 0, so the policy starts as the base model).
     Raises ValueError, before weights are read, for a model, target or adapter that does not exist."""
     folder, config, modules = check_policy(model, lora_rank=lora_rank, lora_targets=lora_targets, adapter=adapter)
@@ -245,6 +248,8 @@ def load_policy(
     for module in policy.modules():  # an adapter from elsewhere, or a base model, may ask for some
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if fused:
+        fuse_layers(policy)
     policy.train()
     return policy
 

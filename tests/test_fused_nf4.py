@@ -117,8 +117,8 @@ def test_formats_on_hopper(weights, change, named, monkeypatch):
 
 
 def test_rows_to_try():
-    assert nf4.check_rows(8, 2048) == [1, 8, 257]
-    assert nf4.check_rows(64, 2048) == [1, 16, 32, 64, 257]
+    assert nf4.check_rows(8, 2048) == [1, 8, 16, 32, 64, 128, 256, 257]
+    assert nf4.check_rows(64, 2048) == [1, 16, 32, 64, 128, 256, 257]
     assert nf4.check_rows(64, 100) == [1, 16, 32, 64, 100]
     assert nf4.check_rows(300, 2048) == [1, 16, 32, 64, 128, 256, 257, 300]
 

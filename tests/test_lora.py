@@ -46,7 +46,7 @@ def relative_error(actual, expected) -> float:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
 def test_equals_peft(model_folder, architecture, checkpointing):
     folder = model_folder(architecture)
-    policy = moved(load_policy(folder, lora_rank=3, lora_alpha=12, gradient_checkpointing=checkpointing))
+    policy = moved(load_policy(folder, lora_rank=3, lora_alpha=12, gradient_checkpointing=checkpointing, fused=False))
     expected = run(policy)
     assert fuse_adapters(policy) == sum(isinstance(m, Linear4bit) for m in policy.modules())
     actual = run(policy)
@@ -76,7 +76,7 @@ def test_bf16_is_no_worse(tmp_path, fuse):
     for seed in range(6):
         folder = write_model(tmp_path / str(seed), seed=seed, hidden_size=128, intermediate_size=256, head_dim=32,
                              initializer_range=0.06)  # fmt: skip
-        policy = moved(load_policy(str(folder), lora_rank=8, lora_alpha=12), seed)
+        policy = moved(load_policy(str(folder), lora_rank=8, lora_alpha=12, fused=False), seed)
         exact = run(policy)
         in_bf16(policy)
         for total in (theirs, ours):
@@ -89,7 +89,7 @@ def test_bf16_is_no_worse(tmp_path, fuse):
 
 
 def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp_path):
-    policy = moved(load_policy(model_folder(), lora_rank=4))
+    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
     with reference_policy(policy):
         base = policy(input_ids=IDS).logits
     policy.save_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp
     fuse_adapters(policy)
     with reference_policy(policy):
         torch.testing.assert_close(policy(input_ids=IDS).logits, base, rtol=0, atol=0)
-    continued = load_policy(model_folder(), lora_rank=4, adapter=tmp_path)
+    continued = load_policy(model_folder(), lora_rank=4, adapter=tmp_path, fused=False)
     fuse_adapters(continued)
     moved(continued, seed=2)
     with reference_policy(continued):
@@ -106,11 +106,11 @@ def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp
 
 
 def test_what_it_does_not_do_is_left_to_peft(model_folder, monkeypatch):
-    policy = moved(load_policy(model_folder(), lora_rank=4))
+    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
     layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
     taken = []
-    plain = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    plain = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda self, *a: (self is layer and taken.append(1)) or plain(self, *a))
     fuse_adapters(policy)
     expected = policy(input_ids=IDS).logits
     assert not taken
@@ -128,16 +128,34 @@ def test_few_rows_without_gradient(model_folder, monkeypatch):
     """What a decoding step on a GPU takes, by its torch reference here."""
     monkeypatch.setattr(grpo.lora._LoraLinear, "apply", grpo.lora._read_once)
     for architecture in ("llama", "qwen2"):
-        policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12))
+        policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12, fused=False))
         with torch.no_grad():
             expected = policy(input_ids=IDS).logits
             fuse_adapters(policy)
             assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
 
 
+def test_decoding_is_what_inference_mode_says(model_folder, monkeypatch):
+    """Where the kernel applies it decodes, and nothing else: a check of the sampler by no_grad must not go its way."""
+    ways = []
+    for name in ("_read_once", "_operands"):
+        real = getattr(grpo.lora, name)
+        monkeypatch.setattr(grpo.lora, name, lambda *a, name=name, real=real: ways.append(name) or real(*a))
+    policy = moved(load_policy(model_folder(), lora_rank=4))
+    with torch.no_grad():
+        expected = policy(input_ids=IDS).logits
+        assert set(ways) == {"_operands"}
+    for backend, way in (("fused", {"_read_once", "_operands"}), ("dequantise", set())):
+        ways.clear()
+        monkeypatch.setattr(grpo.lora, "choose_backend", lambda *a, backend=backend: backend)
+        with torch.inference_mode():
+            torch.testing.assert_close(policy(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert set(ways) == way
+
+
 def test_the_torch_engines_dequantised_copy(model_folder):
     """The engine's dense twin of the policy has other base layers, which PEFT's forward takes."""
-    policy = moved(load_policy(model_folder(), lora_rank=4))
+    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
     tokens = []
     for _ in range(2):
         engine = TorchEngine(policy, eos_ids=[2, 3], dequantize=True)
@@ -148,14 +166,14 @@ def test_the_torch_engines_dequantised_copy(model_folder):
 
 
 def test_no_rows(model_folder):
-    policy = load_policy(model_folder(), lora_rank=4)
+    policy = load_policy(model_folder(), lora_rank=4, fused=False)
     fuse_adapters(policy)
     layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
     assert layer(torch.empty(0, 3, layer.in_features)).shape == (0, 3, layer.out_features)
 
 
 def test_names_and_files_stay_pefts(model_folder):
-    policy = load_policy(model_folder(), lora_rank=4)
+    policy = load_policy(model_folder(), lora_rank=4, fused=False)
     before = {n: t.clone() for n, t in policy.state_dict().items()}
     fuse_adapters(policy)
     after = policy.state_dict()
@@ -164,7 +182,7 @@ def test_names_and_files_stay_pefts(model_folder):
 
 
 def test_another_peft_is_refused(model_folder, monkeypatch):
-    policy = load_policy(model_folder(), lora_rank=4)
+    policy = load_policy(model_folder(), lora_rank=4, fused=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(ValueError, match=r"written for peft 0\.21\.\* and found 0\.99\.0"):
         fuse_adapters(policy)

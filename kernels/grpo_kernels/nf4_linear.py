@@ -136,7 +136,7 @@ def nf4_linear(
         _check_lora(x, shape, bias, lora)
     rows = math.prod(x.shape[:-1])
     if backend is None:
-        backend = _choose(x, rows, shape[1])
+        backend = choose_backend(x, rows, shape[1])
     elif backend not in ("fused", "dequantise", "torch") or (backend != "torch" and triton is None):
         raise ValueError(f"backend {backend!r}: choose 'fused' or 'dequantise' (need Triton), 'torch' or None")
     elif backend == "fused" and (x.dtype == torch.float32 or shape[1] % 256):
@@ -188,7 +188,10 @@ def nf4_dequantise(
 ) -> Tensor:
     """W[rows, columns] in dtype, by a Triton kernel; bit for bit `nf4_dequantise_reference` for expanded scales.
 
-    columns must begin and end at multiples of 64. out: a contiguous buffer of the result's shape and dtype."""
+    columns must begin and end at multiples of 64. out: a contiguous buffer of the result's shape and dtype.
+    Raises ValueError for a weight whose rows do not begin at blocks."""
+    if shape[1] % BLOCK:
+        raise ValueError(f"a weight {list(shape)}: its columns must be a multiple of {BLOCK}, a block of scales")
     row_start, row_stop, _ = rows.indices(shape[0])
     start, stop, _ = columns.indices(shape[1])
     size = (row_stop - row_start, stop - start)
@@ -306,7 +309,8 @@ CHUNK_BYTES = 256 << 20
 """largest dequantised part of a weight at a time"""
 
 
-def _choose(x: Tensor, rows: int, k: int) -> Literal["fused", "dequantise", "torch"]:
+def choose_backend(x: Tensor, rows: int, k: int) -> Literal["fused", "dequantise", "torch"]:
+    """What `nf4_linear` does for x (its dtype and device count) of so many rows, of K columns."""
     if triton is None or not x.is_cuda or torch.version.hip:
         return "torch"
     fused = rows <= FUSED_ROWS and k % 256 == 0 and x.dtype != torch.float32 and is_hopper(x.device)

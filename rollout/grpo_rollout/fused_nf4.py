@@ -33,7 +33,8 @@ def with_adapter(rank: int) -> tuple[Product, Product]:
     def adapter(weight: Quantized, x: torch.Tensor) -> Lora:
         key = (weight.shape, x.dtype)
         if key not in made:  # at the first call: a capture of the second may draw no numbers
-            ends = (64, 128, weight.rows) if weight.rows > 128 else (weight.rows,)
+            # Where every tile's rows divide them, as real layers' do: else the kernel leaves the adapter to torch.
+            ends = (256, 512, weight.rows) if weight.rows > 512 else (weight.rows,)
             generator = torch.Generator(x.device).manual_seed(1)
             a = torch.randn(len(ends) * rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
             b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
@@ -64,6 +65,12 @@ def why_not(weights: Iterable[Quantized]) -> str | None:
     return None
 
 
+def takes_adapters(weight: Quantized) -> bool:
+    """Whether the fused kernel serves this weight, its adapter within; else `nf4_linear` leaves both to torch, which is
+    slower than a sampler's own kernels for adapters."""
+    return weight.cols % 256 == 0
+
+
 def captured(product: Product) -> Product:
     """The product as a sampler's decode step runs it: from a CUDA graph, into memory that held something else."""
 
@@ -81,9 +88,10 @@ def captured(product: Product) -> Product:
 
 
 def check_rows(sequences: int, batched_tokens: int) -> list[int]:
-    """Rows to try: each kind that the kernel tells apart, a full decode step, and where a prefill can be so long, one
-    for the path that dequantises. No more rows than that: the comparison must fit where the KV cache will be."""
-    kinds = {r for r in (1, 16, 32, 64, 128, FUSED_ROWS) if r <= sequences}
+    """Rows to try: each kind that the kernel tells apart (a prefill's rows may be any of them), a full decode step, and
+    where a prefill can be so long, one for the path that dequantises. No more rows than that: the comparison must fit
+    where the KV cache will be."""
+    kinds = {r for r in (1, 16, 32, 64, 128, FUSED_ROWS) if r <= max(sequences, batched_tokens)}
     return sorted(kinds | {sequences, min(batched_tokens, FUSED_ROWS + 1)})
 
 

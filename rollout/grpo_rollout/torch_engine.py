@@ -64,7 +64,7 @@ class TorchEngine:
         out: list[Completion | None] = [None] * len(order)
         placed = [0] * len(prompts)
         generator = torch.Generator(device).manual_seed(seed)
-        with _evaluating(self.sampler), decoding(self.sampler), torch.no_grad():
+        with _evaluating(self.sampler), decoding(self.sampler), torch.inference_mode():
             start = 0
             while start < len(order):
                 rows = max(1, self.max_tokens_in_flight // (len(prompts[order[start]]) + sampling.max_tokens))

@@ -77,8 +77,9 @@ class VLLMEngine:
     fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once, rather than as bitsandbytes
     does, which dequantises each to memory first. None: on Hopper, if it agrees with bitsandbytes' way when the engine
     is made; where not, one warning says why. True: the same, but an error where not. False: never.
-    fused_lora: where that product is used, let it add the adapter's too, in decode steps and up to rank 64, if it
-    agrees with separate products when the engine is made. Off: it has not run within vLLM on a GPU yet.
+    fused_lora: where that product is used, let it add the adapter's too, in decode steps and up to rank 64. None: if it
+    agrees with separate products when the engine is made; where not, one warning says why. True: the same, but an error
+    where not. False: never.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
@@ -100,7 +101,7 @@ class VLLMEngine:
         prefix_caching: bool = True,
         dequantize: bool = False,
         fused_nf4: bool | None = None,
-        fused_lora: bool = False,
+        fused_lora: bool | None = None,
         cuda_graphs: bool = True,
         sleep: bool = True,
         check_every: int = 20,
@@ -152,8 +153,10 @@ class VLLMEngine:
         if fused_nf4 is not False and not dequantize:
             self.fused_nf4 = self._may_fuse(joined, required=fused_nf4 is True)
         room = next(r for r in RANKS if r >= rank)
-        self.fused_lora = fused_lora and self.fused_nf4 and room <= FUSED_RANK and self._may_fuse_adapter(joined, room)
+        self.fused_lora = False
         """whether the adapter's products are part of them"""
+        if fused_lora is not False:
+            self.fused_lora = self._may_fuse_adapter(joined, room, required=fused_lora is True)
         vllm = _import_vllm()
         _register(base, joined, dequantize, self.fused_nf4)
         parallel = {}
@@ -216,11 +219,17 @@ class VLLMEngine:
             LOG.warning("4-bit products go bitsandbytes' way, slower than nf4_linear: %s", reason)
         return reason is None
 
-    def _may_fuse_adapter(self, joined: "_Joined", rank: int) -> bool:
+    def _may_fuse_adapter(self, joined: "_Joined", rank: int, *, required: bool) -> bool:
+        if not self.fused_nf4 or rank > FUSED_RANK:
+            if required:
+                raise ValueError(f"fused_lora=True needs 4-bit products by nf4_linear and at most rank {FUSED_RANK}")
+            return False
         rows = [r for r in nf4.check_rows(self.sizes.max_num_seqs, FUSED_ROWS) if r <= FUSED_ROWS]
         tried, reference = nf4.with_adapter(rank)
         reason = nf4.disagreement(nf4.captured(tried), reference, joined.quantized(), rows, self.dtype)
         torch.cuda.empty_cache()
+        if reason and required:
+            raise ValueError(f"fused_lora=True, but the adapter within nf4_linear will not do here: {reason}")
         if reason:
             LOG.warning("the adapter is applied by vLLM's kernels, slower than within nf4_linear: %s", reason)
         return reason is None
@@ -548,7 +557,8 @@ def _hand_over(
             storage = first.packed if isinstance(first, Quantized) else first.weight
             module.weight = nn.Parameter(storage, requires_grad=False)
             module.shared = [_product(w, fused_nf4) for w in weights]
-            module.nf4 = first if fused_nf4 and len(weights) == 1 and isinstance(first, Quantized) else None
+            alone = len(weights) == 1 and isinstance(first, Quantized) and nf4.takes_adapters(first)
+            module.nf4 = first if fused_nf4 and alone else None
             if bias is not None:
                 module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             continue

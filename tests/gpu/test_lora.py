@@ -23,8 +23,9 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse)
     """Logits and gradients, where q, k, v share storage with a sampler too; norms and MLPs as well."""
     folder = str(write_model(tmp_path, architecture, hidden_size=256, intermediate_size=512, head_dim=64,
                              initializer_range=0.05))  # fmt: skip
-    exact = run(moved(load_policy(folder, lora_rank=8, lora_alpha=12)), IDS)
-    policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, gradient_checkpointing=checkpointing, device="cuda"))
+    exact = run(moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False)), IDS)
+    settings = {"gradient_checkpointing": checkpointing, "device": "cuda"}
+    policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False, **settings))
     if joined:
         linears = base_linears(policy.get_base_model())
         for i in range(2):
@@ -46,9 +47,9 @@ def test_few_rows_without_gradient(tmp_path, monkeypatch):
     read_once = grpo.lora._read_once
     monkeypatch.setattr(grpo.lora, "_read_once", lambda x, *rest: taken.append(len(x)) or read_once(x, *rest))
     folder = str(write_model(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.05))
-    with torch.no_grad():
-        exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12))(input_ids=IDS[:, :20]).logits
-        policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, device="cuda"))
+    with torch.inference_mode():
+        exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False))(input_ids=IDS[:, :20]).logits
+        policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, device="cuda", fused=False))
         errors = []
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
@@ -57,6 +58,8 @@ def test_few_rows_without_gradient(tmp_path, monkeypatch):
     assert errors[1] < 1.2 * errors[0]
     assert taken == [40] * 14
     policy(input_ids=IDS[:, :20].cuda())  # with gradient
-    with torch.no_grad():
+    with torch.no_grad():  # as the vLLM engine's check compares: by another way than the sampler's
+        policy(input_ids=IDS[:, :20].cuda())
+    with torch.inference_mode():
         policy(input_ids=IDS[:, :150].cuda())  # 300 rows
     assert len(taken) == 14
