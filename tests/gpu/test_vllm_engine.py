@@ -16,6 +16,7 @@ from grpo.tiny import Tiny, tiny_model
 from grpo_rollout import fused_nf4
 from grpo_rollout.engine import Sampling
 from grpo_rollout.shared_weights import share
+from grpo_rollout.sizing import captured_batches
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM", allow_module_level=True)
@@ -145,6 +146,14 @@ def test_captured_graphs_use_the_synced_adapter(pair, group):
     right, wrong = gaps(pair, group=group), gaps(pair, group=group, with_adapter=False)
     assert right.mean() < GAP
     assert wrong.mean() > 5 * right.mean()
+
+
+@needs_gpu
+def test_each_batch_is_captured_once(pair):
+    """With the adapter: vLLM captures graphs for steps without one too, unless told."""
+    [graphs] = pair.engine.llm.collective_rpc(lambda worker: list(worker.model_runner.cudagraph_manager.graphs))
+    assert sorted(g.num_tokens for g in graphs) == captured_batches(256)
+    assert all(g.num_active_loras for g in graphs)
 
 
 def test_a_forgotten_sync_stops_the_run(pair):
