@@ -17,7 +17,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
@@ -143,7 +142,12 @@ def main(args: Args) -> None:
     torch.cuda.init()
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
     model = load_policy(
-        args.model, lora_rank=args.lora_rank, gradient_checkpointing=True, fused=args.fused_training, device="cuda"
+        args.model,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=True,
+        kept_layers=args.kept_layers,
+        fused=args.fused_training,
+        device="cuda",
     )
     torch.cuda.empty_cache()
     weights = used()
@@ -248,9 +252,6 @@ def main(args: Args) -> None:
         return gap / sum(map(len, ids))
 
     with stage("steps"):
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        for layer in layers[max(0, len(layers) - args.kept_layers) :]:
-            layer.gradient_checkpointing = False
         for step in range(args.steps):
             torch.cuda.synchronize()
             marks = [time.perf_counter()]

@@ -18,6 +18,8 @@ from grpo_kernels.swiglu import swiglu
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
+MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2")
+"""of a transformers config: models whose layers are of these classes"""
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 

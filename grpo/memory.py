@@ -121,6 +121,16 @@ def training_bytes(model: Dims, size: PolicySize, *, tokens: int, completion_tok
     return inputs + layer + 2 * 2 * size.largest + head
 
 
+def kept_bytes(model: Dims, *, tokens: int) -> int:
+    """What a layer that keeps its activations takes from its forward to its backward pass, beside its input.
+
+    In bf16 and for the layers that `grpo.layers` takes over, a token's: both norms' results, the second one's input,
+    queries, attention's result, keys and values, gate, up and their product; where one product makes queries, keys and
+    values (Phi-3), that as well, and attention's result in another order; a twentieth more for the adapters'."""
+    values = 7 * model.hidden + 3 * model.kv_heads * model.head_dim + 3 * model.intermediate
+    return int(1.05 * 2 * tokens * values)
+
+
 def hold_memory(limit_gb: float | None, device: torch.device) -> None:
     """From here on PyTorch takes no more of the card than keeps everything on it within `limit_gb` GiB, as nvidia-smi
     shows it: it gives cached blocks back first, and raises OutOfMemoryError after that. None, or no GPU: no limit.

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.cli import names_a_path
 from grpo.layers import fuse_layers
@@ -179,6 +180,7 @@ def load_policy(
     adapter: str | Path | None = None,
     load_in_4bit: bool = True,
     gradient_checkpointing: bool = False,
+    kept_layers: int = 0,
     fused: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -192,6 +194,8 @@ def load_policy(
     module names separated by commas, wildcards allowed ("q_proj,v_proj", "*.mlp.*"). Dropout is 0: the ratio
     of new to old policy must not be noise. adapter: a trained adapter's folder, trained further; a frozen copy
     of it then is the reference policy (its rank, alpha and targets count).
+    kept_layers: under gradient checkpointing, how many layers (the last ones, whose memory is free again first) keep
+    their activations nevertheless, which saves their second forward pass (`grpo.memory.kept_bytes` each).
     fused: take over norms, gated MLPs and adapted 4-bit layers in fewer passes over memory (`grpo.layers`).
     seed: of the adapter's initial A (B is 0, so the policy starts as the base model).
     Raises ValueError, before weights are read, for a model, target or adapter that does not exist."""
@@ -225,6 +229,9 @@ def load_policy(
         # The second is the first's name before transformers 5.2x, and warns since.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers[max(0, len(layers) - kept_layers) :]:
+            layer.gradient_checkpointing = False
     base.requires_grad_(False)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 for an attribute by its old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -186,6 +186,7 @@ def main(args: Args) -> None:
         lora_targets=args.lora_targets,
         adapter=args.adapter,
         gradient_checkpointing=True,
+        kept_layers=plan.kept_layers,
         device=world.device,
         seed=args.seed,
     )

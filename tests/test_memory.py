@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from grpo.batch import micro_batches
-from grpo.logprobs import causal_lm, completion_logps
-from grpo.memory import GIB, dims, hold_memory, policy_size, preflight, training_bytes
+from grpo.logprobs import causal_lm, completion_logps, last_hidden
+from grpo.memory import GIB, dims, hold_memory, kept_bytes, policy_size, preflight, training_bytes
 from grpo.models import check_policy, load_policy, target_modules
 
 LLAMA_8B = LlamaConfig(
@@ -74,6 +74,30 @@ def test_llama_8b_by_hand():
     assert work / GIB == pytest.approx(3.1 - 8 * size.trainable / GIB / 2, rel=0.1)  # of which gradients are a part
     less = training_bytes(dims(LLAMA_8B), size, tokens=4096, completion_tokens=2048, offload=True)
     assert work - less == 30 * 4096 * 4096 * 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_kept_activations_are_what_autograd_holds(tmp_path, architecture):
+    """All storages that one more kept layer makes autograd hold, parameters aside."""
+    folder = str(write_model(tmp_path, architecture, hidden_size=256, intermediate_size=512, num_attention_heads=16))
+    ids = torch.randint(10, 50, (4, 100), generator=torch.Generator().manual_seed(0))
+    held = []
+    for layers in range(3):
+        model = load_policy(folder, lora_rank=8, gradient_checkpointing=True, kept_layers=layers)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            last_hidden(model, ids, use_cache=False)
+        held.append(sum(size for address, size in saved.items() if address not in parameters))
+    silu = 400 * 512 * 4  # which the Triton kernel of a GPU does not keep
+    for more, fewer in zip(held[1:], held):
+        bf16 = (more - fewer - silu) / 2
+        assert 0.8 < bf16 / kept_bytes(dims(model.config), tokens=400) <= 1
 
 
 @pytest.fixture

@@ -62,14 +62,23 @@ def test_loading_warns_of_nothing(model_folder):
 
 
 def test_gradient_checkpointing_changes_no_gradient(model_folder):
-    found = []
-    for checkpointing in (False, True):
-        policy = load_policy(model_folder(), lora_rank=4, gradient_checkpointing=checkpointing, seed=3)
+    found, passes = [], []
+    for checkpointing, kept in ((False, 0), (True, 0), (True, 1), (True, 9)):
+        policy = load_policy(
+            model_folder(), lora_rank=4, gradient_checkpointing=checkpointing, kept_layers=kept, seed=3
+        )
         assert policy.get_base_model().is_gradient_checkpointing == checkpointing
+        calls = []
+        for name, module in policy.named_modules():
+            if name.endswith("q_proj"):
+                module.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name.split(".")[4]))
         policy(IDS).logits.logsumexp(-1).sum().backward()
         found.append([p.grad for p in trainable_parameters(policy)])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b)
+        passes.append("".join(calls))
+    assert passes == ["01", "0110", "010", "01"]  # the layers in order of their forward passes: the last ones are kept
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b)
     assert any(g.any() for g in found[0])
 
 

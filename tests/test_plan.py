@@ -96,9 +96,31 @@ def test_layers_inputs_go_to_the_host_only_where_they_must():
 
 
 def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
-    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (24, 12, 9)]
+    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (12, 10, 9)]
     assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 2
     assert plans[0].sequences == 32 > plans[2].sequences
+
+
+def test_what_memory_is_left_keeps_layers_from_being_computed_twice():
+    """One limit more is one layer more, never at the price of the limit, of a micro-batch of 4096 tokens, or of layers
+    whose activations are not counted."""
+    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (12, 16, 20, 24, 32, 76)]
+    kept = [made.kept_layers for made in plans]
+    assert kept[0] == 0 < kept[1] < kept[2] < kept[-1] == 32
+    for made in plans[1:-1]:
+        assert made.micro_batch_tokens >= 4096
+        assert made.peak < made.limit * 0.95
+        assert "kept activations" in made.train
+        assert f"and of {made.kept_layers} their activations" in describe(made)
+    # Two of three forward and backward passes are left.
+    assert plans[-1].train_seconds == pytest.approx(plans[0].train_seconds * 2 / 3)
+    assert plan("llama31_8b").kept_layers == 0  # on a CPU nobody knows what is left
+    other = type(BIG["llama31_8b"])(**BIG["llama31_8b"].to_dict() | {"model_type": "llama"})
+    other.model_type = "another"
+    assert make_plan(
+        other, MODULES["llama31_8b"], lora_rank=16, sequences=32, max_prompt_tokens=256, max_completion_tokens=768,
+        gpu_memory_gb=76,
+    ).kept_layers == 0  # fmt: skip
 
 
 def test_refusals_name_the_flag():

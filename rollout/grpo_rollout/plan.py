@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grpo.memory import GIB, Dims, PolicySize, dims, policy_size, training_bytes
+from grpo.layers import MODEL_TYPES
+from grpo.memory import GIB, Dims, PolicySize, dims, kept_bytes, policy_size, training_bytes
 from grpo.models import check_context
 from grpo_rollout.sizing import allowed_bytes, engine_sizes, kv_bytes_per_token
 
@@ -18,6 +19,12 @@ FRAGMENT_BYTES = GIB // 4
 """what PyTorch's allocator holds back in pieces too small to use"""
 LONGEST_MICRO_BATCH = 16_384
 """tokens; larger micro-batches are no faster"""
+SHORTEST_MICRO_BATCH = 4096
+"""tokens; none is made smaller than this for the sake of kept activations: the host would be too slow for it"""
+DEQUANTISE_TOKENS = 300
+"""how many tokens' products take as long as dequantising the weights once, as each pass of a micro-batch does"""
+SPARE = 0.05
+"""of the limit: what kept activations leave free, since no run fails for want of them"""
 DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.64e12, 2.5e12, 3.4e14
 """one H100's with Llama 3.1 8B (8 x 256 tokens: 7.2 ms a decode step, 0.57 s of training), for a rough forecast"""
 
@@ -37,6 +44,8 @@ class Plan(NamedTuple):
     """padded tokens of one forward and backward pass"""
     offload: bool
     """whether the layers' inputs wait for the backward pass in the host's memory"""
+    kept_layers: int
+    """how many keep their activations for the backward pass rather than compute them again"""
     tokens_per_step: int
     """prompt and completion, if every completion is as long as can be; of this process"""
     generate_seconds: float
@@ -75,7 +84,7 @@ def make_plan(
     adapter: a trained adapter that is trained further: its rank and layers count, not `lora_rank` and `modules`.
     micro_batch_tokens: None takes what fits, at most 16,384. gpu_memory_gb: GiB of the card for the whole process, as
     nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where a
-    micro-batch of one longest sequence would not fit else.
+    micro-batch of one longest sequence would not fit else. Where memory is left, layers keep their activations.
     Raises ValueError, with the memory by part and naming the flags, where nothing fits."""
     if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
@@ -120,28 +129,47 @@ def make_plan(
 
     left = room - sum(resident.values()) - FRAGMENT_BYTES
     rows = [micro_batch_tokens] if micro_batch_tokens else [n * longest for n in _rows(longest, sequences)]
-    choices = [(tokens, False) for tokens in rows] + [(rows[-1], True)]
-    chosen = next((c for c in choices if work(*c) <= left), None)
-    if chosen is None:
-        need = sum(resident.values()) + work(*choices[-1]) + FRAGMENT_BYTES
+    known = limit is not None and config.get_text_config().model_type in MODEL_TYPES
+
+    def layers_kept(tokens: int) -> int:
+        spare = left - work(tokens, False) - int(SPARE * room)
+        return min(model.layers, max(0, spare) // kept_bytes(model, tokens=max(tokens, longest))) if known else 0
+
+    def cost(tokens: int) -> float:
+        """Of a token: a forward pass, a second one where it is not kept, a backward pass."""
+        return (3 - layers_kept(tokens) / model.layers) * (1 + DEQUANTISE_TOKENS / tokens)
+
+    fitting = [tokens for tokens in rows if work(tokens, False) <= left]
+    offload = not fitting
+    full = min(SHORTEST_MICRO_BATCH, max(fitting, default=0))
+    tokens = rows[-1] if offload else min((t for t in fitting if t >= full), key=cost)
+    kept = 0 if offload else layers_kept(tokens)
+    if offload and work(tokens, True) > left:
+        need = sum(resident.values()) + work(tokens, True) + FRAGMENT_BYTES
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in resident.items())
         raise ValueError(
-            f"training on {max(rows[-1], longest)} tokens at a time needs {need / GIB:.1f} GiB ({parts}, work "
-            f"{work(*choices[-1]) / GIB:.2f}), more than the {room / GIB:.1f} allowed; raise --gpu-memory-gb, or lower "
+            f"training on {max(tokens, longest)} tokens at a time needs {need / GIB:.1f} GiB ({parts}, work "
+            f"{work(tokens, True) / GIB:.2f}), more than the {room / GIB:.1f} allowed; raise --gpu-memory-gb, or lower "
             "--max-completion-tokens, --micro-batch-tokens or --lora-rank"
         )
-    tokens, offload = chosen
-    seconds = _forecast(model, size, sequences, engine.max_num_seqs, max_prompt_tokens, max_completion_tokens)
+    train = {"layers' inputs, one layer, head": work(tokens, offload), "fragments": FRAGMENT_BYTES}
+    if kept:
+        train["kept activations"] = kept * kept_bytes(model, tokens=max(tokens, longest))
+    generate_seconds = _forecast(model, size, sequences, engine.max_num_seqs, max_prompt_tokens, max_completion_tokens)
+    # Frozen weights need no gradient of their own.
+    train_seconds = sequences * longest * 2 * size.parameters * (3 - kept / model.layers) / TRAIN_FLOPS
     return Plan(
         limit,
         resident,
         generate,
-        {"layers' inputs, one layer, head": work(tokens, offload), "fragments": FRAGMENT_BYTES},
+        train,
         engine.max_num_seqs,
         tokens,
         offload,
+        kept,
         sequences * longest,
-        *seconds,
+        generate_seconds,
+        train_seconds,
     )
 
 
@@ -152,17 +180,12 @@ def _rows(longest: int, sequences: int) -> range:
 
 def _forecast(
     model: Dims, size: PolicySize, sequences: int, at_a_time: int, prompt_tokens: int, completion_tokens: int
-) -> tuple[float, float]:
-    """Seconds to generate and to train a step whose completions are all as long as can be, on an H100."""
+) -> float:
+    """Seconds to generate a step whose completions are all as long as can be, on an H100."""
     weights = size.quantized_bytes + 2 * model.vocab * model.hidden  # one 16-bit matrix, the head, is read a token
     keys = at_a_time * (prompt_tokens + completion_tokens / 2) * kv_bytes_per_token(model)
     rounds = -(-sequences // at_a_time)
-    generate = (
-        rounds * completion_tokens * (weights * (1 + at_a_time / 100) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
-    )
-    # Forward, recomputed forward, and the gradient of the inputs: frozen weights need none of their own.
-    train = sequences * (prompt_tokens + completion_tokens) * 6 * size.parameters / TRAIN_FLOPS
-    return generate, train
+    return rounds * completion_tokens * (weights * (1 + at_a_time / 100) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
 
 
 def describe(plan: Plan) -> str:
@@ -175,10 +198,11 @@ def describe(plan: Plan) -> str:
     sums = [always, always + sum(plan.generate.values()), always + sum(plan.train.values())]
     limit = "no limit" if plan.limit is None else f"limit {plan.limit / GIB:.2f}"
     lines.append(f"  {'in all, ' + limit:32}{sums[0] / GIB:9.2f}{sums[1] / GIB:10.2f}{sums[2] / GIB:9.2f}")
-    kept = "wait in the host's memory" if plan.offload else "stay on the card"
+    inputs = "wait in the host's memory" if plan.offload else "stay on the card"
+    kept = f", and of {plan.kept_layers} their activations" if plan.kept_layers else ""
     lines += [
         f"{plan.tokens_per_step:,} tokens a step at most; {plan.sequences} sequences decoded at a time, "
-        f"{plan.micro_batch_tokens:,} tokens a micro-batch; layers' inputs {kept}",
+        f"{plan.micro_batch_tokens:,} tokens a micro-batch; layers' inputs {inputs}{kept}",
         f"forecast for one H100, every completion at its limit: {plan.generate_seconds:.0f} s to generate, "
         f"{plan.train_seconds:.0f} s to train a step",
     ]
