@@ -200,7 +200,9 @@ def main(args: Args) -> None:
 
     with stage("agreement"):
         report_gaps(
-            "sampler - trainer", [torch.tensor(c.logps) for c in completions], logps(model, prompt, completions)
+            "sampler - trainer",
+            [torch.tensor(c.logps) for c in completions[:64]],
+            logps(model, prompt, completions[:64]),
         )
 
     with stage("sync"):
@@ -274,7 +276,7 @@ def main(args: Args) -> None:
         for what, run in (
             ("decode", lambda: engine.generate([prompt], args.group_size, Sampling(max_tokens=17), seed=0)),
             ("train", lambda: train(completions)),
-        ):
+        )[: 2 if args.steps else 1]:
             with stage(f"profile of {what}"):
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                     run()
