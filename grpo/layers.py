@@ -36,7 +36,7 @@ def fuse_layers(model: PeftModel) -> Fused:
 
     RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
     `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
-    knows. Values are the same but for fewer roundings; parameters, names and files stay as they are. A second
+    knows. Values are rounded where transformers rounds them, the adapters' less often; parameters, names and files stay as they are. A second
     call finds nothing left."""
     norms = [m for m in model.modules() if type(m) in NORMS]
     mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
@@ -60,7 +60,8 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     if x.dtype != norm.weight.dtype:  # transformers then returns the wider of the two
         return super(type(norm), norm).forward(x)
     with torch.autocast(x.device.type, enabled=False):  # which may ask for fp32, as the kernel computes in anyway
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        # Rounded before the weight as well, as transformers and vLLM do: one rounding less is further from the sampler.
+        return F.rms_norm(x, norm.weight.shape, None, norm.variance_epsilon) * norm.weight
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:

@@ -68,6 +68,18 @@ def test_each_part_is_in_use(model_folder, monkeypatch, part):
     assert relative_error(run(policy)[0], expected) > 0.1
 
 
+def test_norms_round_where_transformers_rounds(model_folder):
+    """Before the weight, too: with a single rounding a quarter of the values were others."""
+    policy = in_bf16(load_policy(model_folder(), lora_rank=3, fused=False))
+    norm = next(m for m in policy.modules() if type(m) in NORMS)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+    x = torch.randn(20, 30, 64, generator=generator).bfloat16()
+    expected = norm(x)
+    fuse_layers(policy)
+    assert (norm(x) == expected).float().mean() > 0.98
+
+
 def test_norms_in_fp32_stay_transformers(model_folder):
     """Some checkpoints keep them so beside activations in bf16, and what comes out then is fp32."""
     policy = in_bf16(load_policy(model_folder(), lora_rank=3, fused=False))

@@ -173,7 +173,8 @@ def test_scaled_weights_with_an_adapter(n, k, rows, rank, ends, splits):
     exact = exact_product(x, packed, absmax, (n, k), bias, lora)
     with poisoned_memory():
         actual = nf4._fused(x, packed, absmax, (n, k), bias, tiles, lora)
-    assert ((actual.double() - exact).norm(dim=-1) < 8e-3 * exact.norm(dim=-1)).all()
+    # The interpreter cuts off where bfloat16 rounds, here twice: before the adapter is added, and after.
+    assert ((actual.double() - exact).norm(dim=-1) < 1e-2 * exact.norm(dim=-1)).all()
 
 
 def test_product_with_a(monkeypatch):

@@ -20,7 +20,8 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
   way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 - A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts over k without atomics. The program
-  that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B in fp32.
+  that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B to the tile
+  in x's dtype: rounded where a trainer's separate products round, the two policies differ by less.
 """
 
 import functools
@@ -960,6 +961,7 @@ if triton is not None:
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
             if b_ptr is not None:
+                y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
                 y = _expand(
                     y, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
                     table_ptr, y_ptr.dtype.element_ty, RANK, RANK_TILE,
