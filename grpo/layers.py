@@ -36,8 +36,8 @@ def fuse_layers(model: PeftModel) -> Fused:
 
     RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
     `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
-    knows. Values are rounded where transformers rounds them, the adapters' less often; parameters, names and files stay as they are. A second
-    call finds nothing left."""
+    knows. Values are rounded where transformers rounds them, the adapters' less often; parameters, names and files stay
+    as they are. A second call finds nothing left."""
     norms = [m for m in model.modules() if type(m) in NORMS]
     mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
     for norm in norms:

@@ -10,10 +10,12 @@ from transformers import GemmaConfig, LlamaConfig
 from grpo.memory import GIB, Dims, dims
 from grpo_rollout.sizing import (
     KV_BLOCK,
+    Sizes,
     attention_splits,
     captured_batches,
     engine_sizes,
     kv_bytes_per_token,
+    must_be_free,
     working_bytes,
 )
 
@@ -117,6 +119,12 @@ def test_never_over_the_limit_and_always_room_for_each_sequence(free, prompt, co
     assert 1 <= made.max_num_seqs <= sequences
     assert made.kv_tokens >= made.max_num_seqs * (prompt + completion)
     assert made.max_num_batched_tokens >= made.max_num_seqs  # a decode step fits one pass
+
+
+def test_what_must_be_free_is_what_the_engine_takes_and_what_nobody_may():
+    sizes = Sizes(512, 8, 2048, 4112, kv_cache_bytes=4 * GIB, working_bytes=GIB)
+    assert must_be_free(sizes, 80 * GIB, 24 * GIB) == (80 - 24 + 5) * GIB
+    assert must_be_free(sizes, 80 * GIB, None) == pytest.approx(7.4 * GIB)
 
 
 def test_only_long_sequences_are_split_for_attention():

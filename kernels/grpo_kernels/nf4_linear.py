@@ -20,8 +20,8 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
   way (`_permute_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 - A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts over k without atomics. The program
-  that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B to the tile
-  in x's dtype: rounded where a trainer's separate products round, the two policies differ by less.
+  that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B to the
+  tile, itself rounded to x's dtype: where a trainer's separate products round, so the two policies differ by less.
 """
 
 import functools

