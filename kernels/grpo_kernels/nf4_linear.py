@@ -808,32 +808,33 @@ if triton is not None:
         )
 
     @triton.jit
-    def _expand(
-        y, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, table_ptr,
-        DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    def _adapter_operands(
+        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, low,
+        DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr, PART: tl.constexpr,
     ):  # fmt: skip
-        """y + B s^T, [N_TILE, ROW_TILE] float32: s the sum of the parts of x A^T, rounded to DTYPE."""
+        """Columns low to low + PART of B, [N_TILE, PART], and of the sum s of the parts of x A^T, rounded to DTYPE:
+        [PART, ROW_TILE]."""
         slice_index = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
         step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
-        # More ranks, or more loads under way, would spill registers.
-        PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (y.shape[0] * y.shape[1])))
-        AT_ONCE: tl.constexpr = min(8, 256 // y.shape[1]) if y.shape[1] <= 64 else 1
-        for first in tl.static_range(0, RANK_TILE, PART):
-            rank = first + tl.arange(0, PART)
-            b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
-            pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
-            pointers += (slice_index * RANK_TILE + rank)[:, None]
-            s = tl.zeros((PART, row.shape[0]), tl.float32)
-            for part in range(0, shrink_splits, AT_ONCE):
-                for i in tl.static_range(AT_ONCE):
-                    inside = part + i < shrink_splits
-                    s += tl.load(pointers + (part + i) * step, mask=inside, other=0.0, cache_modifier=".cg")
-            s = s.to(DTYPE)
-            if table_ptr is None:
-                y = tl.dot(b, s, y)
-            else:
-                y = tl.dot(b.to(tl.float32), s.to(tl.float32), y, input_precision="ieee")
-        return y
+        AT_ONCE: tl.constexpr = min(8, 256 // row.shape[0]) if row.shape[0] <= 64 else 1  # more loads would spill
+        rank = low + tl.arange(0, PART)
+        b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
+        pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
+        pointers += (slice_index * RANK_TILE + rank)[:, None]
+        s = tl.zeros((PART, row.shape[0]), tl.float32)
+        for part in range(0, shrink_splits, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                inside = part + i < shrink_splits
+                s += tl.load(pointers + (part + i) * step, mask=inside, other=0.0, cache_modifier=".cg")
+        return b, s.to(DTYPE)
+
+    @triton.jit
+    def _expand(y, b, s, table_ptr):
+        """y + B s^T, [N_TILE, ROW_TILE] float32."""
+        if table_ptr is None:
+            return tl.dot(b, s, y)
+        else:
+            return tl.dot(b.to(tl.float32), s.to(tl.float32), y, input_precision="ieee")
 
     @triton.jit(  # one program for every batch size, and for every product of a model
         do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
@@ -943,17 +944,28 @@ if triton is not None:
                     accumulator = _block_dot(w3, table_ptr, x_group + 192, s3, accumulator)
 
         last_one = True
+        SUMS: tl.constexpr = min(8, max(1, 128 // ROW_TILE)) if N_TILE <= 64 else 1
         if SPLIT:
             local = tl.arange(0, N_TILE)[:, None] * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
             partials = partial_ptr + tile.to(tl.int64) * (N_TILE * ROW_TILE) + local
             step = tl.num_programs(0).to(tl.int64) * (N_TILE * ROW_TILE)
             tl.store(partials + tl.program_id(1) * step, accumulator)
+        # More ranks at a time would spill registers.
+        PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
+        if b_ptr is not None:  # their loads are under way while the tile is written and counted
+            b, s = _adapter_operands(
+                b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, 0,
+                y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
+            )  # fmt: skip
+        if SPLIT:
             tl.debug_barrier()  # the whole tile is written before the counter says so
             last_one = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
             if last_one:
-                accumulator = tl.load(partials, cache_modifier=".cg")
-                for i in range(1, tl.num_programs(1)):
-                    accumulator += tl.load(partials + i * step, cache_modifier=".cg")
+                accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
+                for i in range(0, tl.num_programs(1), SUMS):
+                    for j in tl.static_range(SUMS):
+                        inside = i + j < tl.num_programs(1)
+                        accumulator += tl.load(partials + (i + j) * step, mask=inside, other=0.0, cache_modifier=".cg")
         if last_one:
             y = accumulator * factor
             if SCALED:
@@ -962,10 +974,13 @@ if triton is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
             if b_ptr is not None:
                 y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
-                y = _expand(
-                    y, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
-                    table_ptr, y_ptr.dtype.element_ty, RANK, RANK_TILE,
-                )  # fmt: skip
+                y = _expand(y, b, s, table_ptr)
+                for low in tl.static_range(PART, RANK_TILE, PART):
+                    b, s = _adapter_operands(
+                        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
+                        low, y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
+                    )  # fmt: skip
+                    y = _expand(y, b, s, table_ptr)
             column = n_start + tl.arange(0, N_TILE)
             inside = (row < rows)[None, :] & (column < N)[:, None]
             tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
