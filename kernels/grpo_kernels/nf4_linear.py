@@ -799,13 +799,12 @@ if triton is not None:
                 )  # fmt: skip
 
     @triton.jit
-    def _prefetch_rows(b_ptr, n, RANK: tl.constexpr, RANK_TILE: tl.constexpr):
-        """Rows n of B on their way to the L2 cache."""
-        column = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)  # of 32 bytes each
-        address = (b_ptr + n.to(tl.int64)[:, None] * RANK + column[None, :]).to(tl.int64)
+    def _prefetch(pointers):
+        """What pointers point to on its way to the L2 cache."""
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
     @triton.jit
     def _adapter_operands(
@@ -818,11 +817,13 @@ if triton is not None:
         step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
         AT_ONCE: tl.constexpr = min(8, 256 // row.shape[0]) if row.shape[0] <= 64 else 1  # more loads would spill
         rank = low + tl.arange(0, PART)
-        b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
         pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
         pointers += (slice_index * RANK_TILE + rank)[:, None]
-        s = tl.zeros((PART, row.shape[0]), tl.float32)
-        for part in range(0, shrink_splits, AT_ONCE):
+        s = tl.load(pointers, cache_modifier=".cg")
+        for i in tl.static_range(1, AT_ONCE):  # apart from the loop, so that B's load waits for none of them
+            s += tl.load(pointers + i * step, mask=i < shrink_splits, other=0.0, cache_modifier=".cg")
+        b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
+        for part in range(AT_ONCE, shrink_splits, AT_ONCE):
             for i in tl.static_range(AT_ONCE):
                 inside = part + i < shrink_splits
                 s += tl.load(pointers + (part + i) * step, mask=inside, other=0.0, cache_modifier=".cg")
@@ -856,22 +857,21 @@ if triton is not None:
         SCALED: tl.constexpr = row_scale_ptr is not None
         if PDL:
             gdc_launch_dependents()
-            if not SCALED and b_ptr is None:
-                gdc_wait()
         tile = tl.program_id(0)
         n_start = (tile // row_tiles) * N_TILE
         row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
         n = tl.minimum(n_start + tl.arange(0, N_TILE), N - 1)  # rows beyond N repeat the last and are not stored
-        if b_ptr is not None:
-            if table_ptr is None:
-                _prefetch_rows(b_ptr, n, RANK, RANK_TILE)
-            if PDL and not SCALED:
-                gdc_wait()
         blocks = K // 64
         groups = blocks // GROUP
         share = tl.cdiv(groups, tl.num_programs(1))
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, groups) - 1
+        words_rows = words_ptr + n.to(tl.int64)[:, None] * (K // 4)
+        if PDL:  # the memory would be idle until the kernel ahead has ended
+            _prefetch(words_rows + tl.minimum(first + tl.arange(0, 2), groups - 1)[None, :] * (GROUP * 16))
+            if b_ptr is not None:
+                sector = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)  # of 32 bytes
+                _prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + sector[None, :])
 
         # A group's GROUP blocks begin at a multiple of GROUP, so they have one second-level scale.
         row_block = n * blocks
@@ -885,16 +885,16 @@ if triton is not None:
                 next23 = _half_scales(raw, code_ptr, column_scale, 2)
             start = tl.minimum(first + 1, groups - 1) * GROUP
             raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, row_block + start, GROUP)
-            if PDL:
-                gdc_wait()  # only now: what was read so far is frozen
         else:
             block = row_block[:, None] + start
             scales = _scales(
                 absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
                 block // 256, NESTED,
             )  # fmt: skip
+        if PDL:
+            gdc_wait()  # only now: what was read so far is frozen
         WORDS: tl.constexpr = 16 * GROUP if WIDE else 16
-        words_pointers = words_ptr + n.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, WORDS)[None, :]
+        words_pointers = words_rows + tl.arange(0, WORDS)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
         accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
         for group in range(first, last + 1):
@@ -950,9 +950,9 @@ if triton is not None:
             partials = partial_ptr + tile.to(tl.int64) * (N_TILE * ROW_TILE) + local
             step = tl.num_programs(0).to(tl.int64) * (N_TILE * ROW_TILE)
             tl.store(partials + tl.program_id(1) * step, accumulator)
-        # More ranks at a time would spill registers.
-        PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
         if b_ptr is not None:  # their loads are under way while the tile is written and counted
+            # More ranks at a time would spill registers.
+            PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
             b, s = _adapter_operands(
                 b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, 0,
                 y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
