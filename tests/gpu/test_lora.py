@@ -15,30 +15,32 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 IDS = torch.arange(8, 64).repeat(2, 6)[:, :300]  # more rows than the fused product takes
 
 
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.05}
+SEEDS = range(5)
+"""one model's error is a matter of luck: the sums over these models are compared"""
+
+
 @pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse):
     """Logits and gradients, where q, k, v share storage with a sampler too; norms and MLPs as well."""
-    folder = str(write_model(tmp_path, architecture, hidden_size=256, intermediate_size=512, head_dim=64,
-                             initializer_range=0.05))  # fmt: skip
-    exact = run(moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False)), IDS)
-    settings = {"gradient_checkpointing": checkpointing, "device": "cuda"}
-    policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False, **settings))
-    if joined:
-        linears = base_linears(policy.get_base_model())
-        for i in range(2):
-            share([linears[f"model.layers.{i}.self_attn.{name}_proj"] for name in "qkv"])
-
-    def errors():
-        with torch.autocast("cuda", torch.bfloat16):
-            return [relative_error(a.cpu(), e) for a, e in zip(run(policy, IDS), exact)]
-
-    theirs = errors()
-    fuse(policy)
-    for ours, peft in zip(errors(), theirs):
-        assert ours < 1.2 * peft
+    theirs, ours = torch.zeros(2), torch.zeros(2)
+    for seed in SEEDS:
+        folder = str(write_model(tmp_path / str(seed), architecture, seed=seed, **SIZES))
+        exact = run(moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False), seed), IDS)
+        settings = {"gradient_checkpointing": checkpointing, "device": "cuda", "fused": False}
+        policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, **settings), seed)
+        if joined:
+            linears = base_linears(policy.get_base_model())
+            for i in range(2):
+                share([linears[f"model.layers.{i}.self_attn.{name}_proj"] for name in "qkv"])
+        for total in (theirs, ours):
+            with torch.autocast("cuda", torch.bfloat16):
+                total += torch.tensor([relative_error(a.cpu(), e) for a, e in zip(run(policy, IDS), exact)])
+            fuse(policy)
+    assert (ours < 1.1 * theirs).all()
 
 
 def test_few_rows_without_gradient(tmp_path, monkeypatch):
@@ -46,20 +48,23 @@ def test_few_rows_without_gradient(tmp_path, monkeypatch):
     taken = []
     read_once = grpo.lora._read_once
     monkeypatch.setattr(grpo.lora, "_read_once", lambda x, *rest: taken.append(len(x)) or read_once(x, *rest))
-    folder = str(write_model(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64, initializer_range=0.05))
-    with torch.inference_mode():
-        exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False))(input_ids=IDS[:, :20]).logits
-        policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, device="cuda", fused=False))
-        errors = []
-        for _ in range(2):
-            with torch.autocast("cuda", torch.bfloat16):
-                errors.append(relative_error(policy(input_ids=IDS[:, :20].cuda()).logits.cpu(), exact))
-            fuse_adapters(policy)
-    assert errors[1] < 1.2 * errors[0]
-    assert taken == [40] * 14
+    errors = torch.zeros(2)
+    for seed in SEEDS:
+        folder = str(write_model(tmp_path / str(seed), seed=seed, **SIZES))
+        with torch.inference_mode():
+            exact = moved(load_policy(folder, lora_rank=8, lora_alpha=12, fused=False), seed)(input_ids=IDS[:, :20])
+            policy = moved(load_policy(folder, lora_rank=8, lora_alpha=12, device="cuda", fused=False), seed)
+            for way in range(2):
+                with torch.autocast("cuda", torch.bfloat16):
+                    logits = policy(input_ids=IDS[:, :20].cuda()).logits
+                errors[way] += relative_error(logits.cpu(), exact.logits)
+                fuse_adapters(policy)
+    assert errors[1] < 1.1 * errors[0]
+    calls = 14 * len(SEEDS)
+    assert taken == [40] * calls
     policy(input_ids=IDS[:, :20].cuda())  # with gradient
     with torch.no_grad():  # as the vLLM engine's check compares: by another way than the sampler's
         policy(input_ids=IDS[:, :20].cuda())
     with torch.inference_mode():
         policy(input_ids=IDS[:, :150].cuda())  # 300 rows
-    assert len(taken) == 14
+    assert len(taken) == calls
