@@ -91,10 +91,12 @@ for tiles, adapter in itertools.product(chosen, (False, True)):
     known = types(pointers, integers, "factor")
     used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
-for scaled, (rank, height) in itertools.product((False, True), ((None, None), (12, 16), (16, 32), (64, 16))):
+adapters = ((None, None), (12, 16), (16, 32), (64, 16))
+for scaled, gated, (rank, height) in itertools.product((False, True), (False, True), adapters):
     pointers = {"x": "bf16", "out": "fp16" if scaled else "bf16", "counters": "i32"}
     pointers |= {"row_scale": "fp32"} if scaled else {}
     integers, choices = "row_stride stride rows columns counters", {"WIDTH": 16384 if scaled else 1024}
+    integers += " up_offset" * gated
     if rank:
         pointers |= {"a": "bf16", "shrunk": "fp32"}
         integers += " shrink_programs shrunk_rows slices share"

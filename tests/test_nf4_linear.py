@@ -10,6 +10,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_linear import Lora, NestedAbsmax, Tiles, absmax_of, nf4_linear, nf4_linear_reference
+from grpo_kernels.swiglu import swiglu
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
 
@@ -217,6 +218,52 @@ def test_any_adapter(rank, ends, fits, backend):
     assert actual.shape == (2, 3, 200)
     assert relative_error(actual.view(6, 200), exact) < 6e-4  # added after it, y is rounded twice
     assert nf4_linear(x[:0], packed, absmax, (200, 256), lora=lora, backend=backend).shape == (0, 200)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("rank", [None, 16, 80])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
+    """silu(gate) * up is made in passing, the adapter's product is of it too. x has strides, and is left as it is."""
+    dtype = torch.bfloat16 if scaled else torch.float16
+    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: scaled)
+    _, packed, absmax, _ = problem(200, 256, 6)
+    both = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    lora = None if rank is None else adapter(256, rank, (128, 200), dtype)
+    gate, up = both.double().chunk(2, -1)
+    exact = exact_product(torch.nn.functional.silu(gate) * up, packed, absmax, (200, 256), None, lora)
+    spaced = torch.full((2, 3, 1100), float("nan"), dtype=dtype)
+    spaced[..., 3:1027:2] = both.view(2, 3, 512)
+    with poisoned_memory():
+        actual = nf4_linear(spaced[..., 3:1027:2], packed, absmax, (200, 256), lora=lora, gated=True, backend=backend)
+    assert actual.shape == (2, 3, 200)
+    assert relative_error(actual.view(6, 200), exact) < (1.5e-2 if scaled else 1e-3)
+    if backend == "fused" and rank != 80:  # to the bit what the two would be apart
+        apart = swiglu(*both.chunk(2, -1), backend="triton")
+        plain = nf4_linear(apart, packed, absmax, (200, 256), lora=lora, backend=backend)
+        assert torch.equal(actual.view(6, 200), plain)
+
+
+def test_gate_and_up_have_a_gradient():
+    _, packed, absmax, _ = problem(96, 256, 6)
+    both = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).half()
+    gradients = []
+    for x, backend in ((both, "fused"), (both.double(), None)):
+        x = x.clone().requires_grad_()
+        if backend:
+            y = nf4_linear(x, packed, absmax, (96, 256), gated=True, backend=backend)
+        else:
+            gate, up = x.chunk(2, -1)
+            y = exact_product(torch.nn.functional.silu(gate) * up, packed, absmax, (96, 256))
+        y.double().sum().backward()
+        gradients.append(x.grad)
+    assert relative_error(*gradients) < 2e-3
+
+
+def test_gate_and_up_of_a_wrong_width():
+    x, packed, absmax, _ = problem(96, 256, 6)
+    with pytest.raises(ValueError, match=r"x is \[6, 256\], must be \[..., 512\] for .* gate and up side by side"):
+        nf4_linear(x, packed, absmax, (96, 256), gated=True)
 
 
 def test_adapter_of_zeros_changes_no_bit():

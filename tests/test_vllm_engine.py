@@ -294,10 +294,11 @@ def test_an_adapter_in_wrong_slots_stops_the_run(fresh):
 def test_adapters_within_the_products(fresh, monkeypatch):
     """`fused_lora`, by the kernel's reference: joined buffers from the start, none of vLLM's kernels in steps of up to
     256 tokens, and those on the same memory in longer ones."""
-    products = []
+    products, gated = [], []
 
     def product(x, *arguments, **options):
         products.append(len(x))
+        gated.append(options["gated"])
         return nf4_linear(x, *arguments, **options)
 
     monkeypatch.setattr(vllm_engine, "nf4_linear", product)
@@ -313,10 +314,12 @@ def test_adapters_within_the_products(fresh, monkeypatch):
         for longest in (256, 4):  # all steps in the product, only those of few tokens
             monkeypatch.setattr(vllm_engine, "FUSED_ROWS", longest)
             products.clear()
+            gated.clear()
             completions = engine.generate(PROMPTS, 4, Sampling(max_tokens=16), seed=0)
             assert gaps(fresh.model, PROMPTS, 4, completions).max() < 1e-4
             assert products
             assert max(products) <= longest
+            assert gated.count(True) == len(gated) / 4  # of qkv, o, gate and up, down
     finally:
         engine.close()
         fresh.make_engine()

@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_kernels.swiglu import swiglu
+
 try:
     import triton
     import triton.language as tl
@@ -110,6 +112,7 @@ def nf4_linear(
     bias: Tensor | None = None,
     *,
     lora: Lora | None = None,
+    gated: bool = False,
     backend: Literal["fused", "dequantise", "torch"] | None = None,
 ) -> Tensor:
     """x W^T + bias for a frozen NF4 weight, and an adapter's product. Differentiable in x and bias without lora.
@@ -123,6 +126,8 @@ def nf4_linear(
         lora: an adapter (https://arxiv.org/abs/2106.09685) whose product is added; forward only. The fused kernel does
             it in passing up to rank 64, three slices, and slices that end at multiples of its tile of W's rows (64);
             other adapters, and other paths, take two small products a slice in torch.
+        gated: x is [..., 2 K], gate and up side by side, and silu(gate) * up is multiplied (`swiglu`, and rounded as
+            there). The fused kernel makes it in passing where no gradient of x is asked for.
         backend: None picks by device, dtype and rows: "fused" (Triton; 16-bit x, K a multiple of 256), "dequantise"
             (by a Triton kernel, then the vendor's product) or "torch" (everything in torch).
 
@@ -132,7 +137,7 @@ def nf4_linear(
     Raises:
         ValueError: a shape, dtype or device does not fit, or a gradient is asked for with lora; the message says which.
     """
-    _check(x, packed, absmax, shape, bias)
+    _check(x, packed, absmax, shape, bias, gated)
     if lora is not None:
         _check_lora(x, shape, bias, lora)
     rows = math.prod(x.shape[:-1])
@@ -142,8 +147,12 @@ def nf4_linear(
         raise ValueError(f"backend {backend!r}: choose 'fused' or 'dequantise' (need Triton), 'torch' or None")
     elif backend == "fused" and (x.dtype == torch.float32 or shape[1] % 256):
         raise ValueError(f"backend 'fused' needs a 16-bit x and K a multiple of 256, not {x.dtype}, K = {shape[1]}")
-    flat = x.reshape(rows, shape[1])
-    if lora is None:
+    if gated and (backend != "fused" or (torch.is_grad_enabled() and x.requires_grad)):
+        x, gated = swiglu(*x.chunk(2, -1)), False
+    flat = x.reshape(rows, x.shape[-1])
+    if gated:
+        y = _fused(flat, packed, absmax, shape, bias, lora=lora, gated=True)
+    elif lora is None:
         y = _NF4Linear.apply(flat, packed, absmax, shape, bias, backend)
     elif backend == "fused":
         y = _fused(flat, packed, absmax, shape, bias, lora=lora)
@@ -238,13 +247,20 @@ class _NF4Linear(torch.autograd.Function):
 
 
 def _check(
-    x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax, shape: tuple[int, int], bias: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    gated: bool,
 ) -> None:
     n, k = shape
     if k % BLOCK or not k:
         raise ValueError(f"shape is (N, K) = {tuple(shape)}: K must be a multiple of {BLOCK}; dequantise this weight")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x is {list(x.shape)}, must be [..., {k}] for a weight of shape {tuple(shape)}")
+    columns = 2 * k if gated else k
+    if x.dim() < 1 or x.shape[-1] != columns:
+        what = f"a weight of shape {tuple(shape)}" + (", gate and up side by side" if gated else "")
+        raise ValueError(f"x is {list(x.shape)}, must be [..., {columns}] for {what}")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}: cast it to bfloat16, float16 or float32")
     if packed.dtype != torch.uint8 or packed.numel() != n * k // 2 or not packed.is_contiguous():
@@ -450,8 +466,9 @@ def _fused(
     bias: Tensor | None,
     tiles: Tiles | None = None,
     lora: Lora | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """x: [rows, K], 16-bit. tiles: None chooses."""
+    """x: [rows, K], 16-bit, or [rows, 2 K] if gated. tiles: None chooses."""
     n, k = shape
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
     if not y.numel():
@@ -463,6 +480,7 @@ def _fused(
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device), scaled)
         tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
     if lora is not None and not _lora_fits(lora, tiles.n):
+        x = swiglu(*x.chunk(2, -1)) if gated else x
         return _add_lora(_fused(x, packed, absmax, shape, bias, tiles), x, lora)
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
@@ -497,7 +515,7 @@ def _fused(
         expand = common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
         grid = (splits * row_blocks * slices + grid[0] * grid[1],)
     _permute_kernel[grid](
-        x, permuted, row_scale, counters, x.stride(0), x.stride(1), len(x), k,
+        x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
         0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
@@ -711,8 +729,18 @@ if triton is not None:
         return bound
 
     @triton.jit
+    def _load_x(pointers, up_offset, mask):
+        """x, zero outside mask; where there is an up_offset, silu(gate) * up, rounded as `swiglu` rounds it."""
+        x = tl.load(pointers, mask=mask, other=0.0)
+        if up_offset is not None:
+            gate = x.to(tl.float32)
+            silu = (gate * tl.sigmoid(gate)).to(x.dtype).to(tl.float32)
+            x = (silu * tl.load(pointers + up_offset, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        return x
+
+    @triton.jit
     def _permute(
-        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
         row, block, column_blocks, programs,
         WIDTH: tl.constexpr,
     ):  # fmt: skip
@@ -723,7 +751,7 @@ if triton is not None:
         bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
         column = block * WIDTH + tl.arange(0, WIDTH)
         inside = column < columns
-        x = tl.load(x_ptr + row.to(tl.int64) * row_stride + column * stride, mask=inside & (row < rows), other=0.0)
+        x = _load_x(x_ptr + row.to(tl.int64) * row_stride + column * stride, up_offset, inside & (row < rows))
         if row_scale_ptr is not None:
             exponent = _exponent(tl.max(tl.abs(x.to(tl.float32)), 0))
             tl.store(row_scale_ptr + row, _power_of_two(exponent - 14))
@@ -738,7 +766,7 @@ if triton is not None:
 
     @triton.jit
     def _shrink(
-        x_ptr, row_stride, stride, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
+        x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
         RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EMULATED: tl.constexpr,
     ):  # fmt: skip
         """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, float32; zero
@@ -755,7 +783,7 @@ if triton is not None:
         a_pointers = a_ptr + (slice_index * RANK + rank)[None, None, :] * columns + column[:, :, None]
         accumulator = tl.zeros((4, ROWS, RANK_TILE), tl.float32)
         for block in range(split * share, tl.minimum((split + 1) * share, columns // BLOCK)):
-            x = tl.load(x_pointers + block * BLOCK * stride, mask=(row < rows)[None, :, None], other=0.0)
+            x = _load_x(x_pointers + block * BLOCK * stride, up_offset, (row < rows)[None, :, None])
             a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, None, :], other=0.0)
             if EMULATED:  # the interpreter's products of bfloat16 are wrong
                 accumulator = tl.dot(x.to(tl.float32), a.to(tl.float32), accumulator, input_precision="ieee")
@@ -766,7 +794,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
     def _permute_kernel(
-        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+        x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
         WIDTH: tl.constexpr, PDL: tl.constexpr,
         a_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None, slices=None, share=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
@@ -778,21 +806,21 @@ if triton is not None:
             gdc_wait()
         if a_ptr is None:
             _permute(
-                x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+                x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                 tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * tl.num_programs(1), WIDTH,
             )  # fmt: skip
         else:
             program = tl.program_id(0)
             if program < shrink_programs:
                 _shrink(
-                    x_ptr, row_stride, stride, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
-                    RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
+                    x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share,
+                    program, RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
                 )  # fmt: skip
             else:
                 program -= shrink_programs
                 column_blocks = tl.cdiv(columns, WIDTH)
                 _permute(
-                    x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, rows, columns, counters,
+                    x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                     program // column_blocks, program % column_blocks, column_blocks,
                     tl.num_programs(0) - shrink_programs,
                     WIDTH,

@@ -24,10 +24,11 @@ def plain(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, dequantized(weight, x.dtype))
 
 
-def with_adapter(rank: int) -> tuple[Product, Product]:
+def with_adapter(rank: int, *, gated: bool = False) -> tuple[Product, Product]:
     """`fused` and `plain` with an adapter as large as the weight itself added: in the kernel, and in torch.
 
-    It has three slices, as joined layers have, where the weight has rows for them."""
+    It has three slices, as joined layers have, where the weight has rows for them. gated: x is [tokens, 2 cols], of
+    which silu(gate) * up is multiplied."""
     made: dict[tuple, Lora] = {}
 
     def adapter(weight: Quantized, x: torch.Tensor) -> Lora:
@@ -43,9 +44,12 @@ def with_adapter(rank: int) -> tuple[Product, Product]:
         return made[key]
 
     def tried(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
-        return nf4_linear(x, weight.packed, weight.absmax, weight.shape, lora=adapter(weight, x))
+        return nf4_linear(x, weight.packed, weight.absmax, weight.shape, lora=adapter(weight, x), gated=gated)
 
     def reference(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
+        if gated:
+            gate, up = x.chunk(2, -1)
+            x = nn.functional.silu(gate) * up
         return plain(weight, x) + torch.cat([x @ a.T @ b.T for _, a, b in adapter(weight, x).slices()], 1)
 
     return tried, reference
@@ -97,18 +101,25 @@ def check_rows(sequences: int, batched_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def disagreement(
-    tried: Product, reference: Product, weights: Iterable[Quantized], rows: Sequence[int], dtype: torch.dtype
+    tried: Product,
+    reference: Product,
+    weights: Iterable[Quantized],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    gated: bool = False,
 ) -> str | None:
     """What goes wrong first when two products of one weight of each shape are compared, or None.
 
-    x is Gaussian, [rows, cols] of `dtype`; no generator of the process is touched. An exception of `tried` counts as
-    disagreement, and so does a single value that differs by more than `TOLERANCE` allows."""
+    x is Gaussian, [rows, cols] of `dtype`, or [rows, 2 cols] if `gated`; no generator of the process is touched. An
+    exception of `tried` counts as disagreement, and so does a single value that differs by more than `TOLERANCE`
+    allows."""
     kinds = {(w.shape, type(w.absmax)): w for w in weights}
     for weight in kinds.values():
         device = weight.packed.device
         generator = torch.Generator(device).manual_seed(0)
         for count in rows:
-            x = torch.randn(count, weight.cols, generator=generator, device=device).to(dtype)
+            x = torch.randn(count, (1 + gated) * weight.cols, generator=generator, device=device).to(dtype)
             scales = "doubly quantised" if isinstance(weight.absmax, NestedAbsmax) else "expanded"
             where = f"{count} rows by a weight {list(weight.shape)} with {scales} scales"
             expected = reference(weight, x).float()

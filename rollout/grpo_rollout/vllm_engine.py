@@ -227,8 +227,10 @@ class VLLMEngine:
                 raise ValueError(f"fused_lora=True needs 4-bit products by nf4_linear and at most rank {FUSED_RANK}")
             return False
         rows = [r for r in nf4.check_rows(self.sizes.max_num_seqs, FUSED_ROWS) if r <= FUSED_ROWS]
-        tried, reference = nf4.with_adapter(rank)
-        reason = nf4.disagreement(nf4.captured(tried), reference, joined.quantized(), rows, self.dtype)
+        reason = None
+        for gated, weights in ((False, joined.quantized()), (True, joined.quantized(DOWN))):
+            tried, reference = nf4.with_adapter(rank, gated=gated)
+            reason = reason or nf4.disagreement(nf4.captured(tried), reference, weights, rows, self.dtype, gated=gated)
         torch.cuda.empty_cache()
         if reason and required:
             raise ValueError(f"fused_lora=True, but the adapter within nf4_linear will not do here: {reason}")
@@ -412,6 +414,9 @@ def _logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -
 METHOD = "grpo_shared"
 WORKER = "AdapterWorker"
 BACKEND = "grpo_kv_cache_only"
+DOWN = "down_proj"
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
+"""vLLM's classes whose forward is down_proj(act_fn(gate_up_proj(x))), act_fn a SiluAndMul"""
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -445,8 +450,10 @@ class _Joined:
                 self.made[whole] = share([linears[m] for m in whole])
         self.taken: set[str] = set()
 
-    def quantized(self) -> list[Quantized]:
-        return [w for made in self.made.values() for w in made if isinstance(w, Quantized)]
+    def quantized(self, leaf: str = "") -> list[Quantized]:
+        """The 4-bit ones, or those of them whose name ends in leaf."""
+        made = (weights for names, weights in self.made.items() if names[-1].endswith(leaf))
+        return [w for weights in made for w in weights if isinstance(w, Quantized)]
 
     def take(self, names: Sequence[str]) -> tuple[list[Quantized | Dense], torch.Tensor | None]:
         """The layers' weights (see `share`) and their biases, one after the other."""
@@ -637,6 +644,10 @@ def _fuse_adapters(model: Any) -> Any:
         module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
         module.lora_b_stacked = tuple(t[None, None] for t in b.tensor_split(ends[:-1]))
         module.apply = functools.partial(_apply_with_adapter, weight, Lora(a, b, ends), module.apply)
+        parent, _, leaf = name.rpartition(".")
+        mlp = model.get_submodule(parent)
+        if leaf == DOWN and type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul":
+            mlp.act_fn.forward = functools.partial(_left_to_down_proj, mlp.act_fn.forward)
     return model
 
 
@@ -659,7 +670,13 @@ def _apply_with_adapter(
 ) -> torch.Tensor:
     if x.numel() > FUSED_ROWS * x.shape[-1]:
         return longer(x, bias)
-    return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora)
+    gated = x.shape[-1] == 2 * weight.cols
+    return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora, gated=gated)
+
+
+def _left_to_down_proj(longer: Callable, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up is made within the next product where that takes so few tokens."""
+    return longer(x) if x.numel() > FUSED_ROWS * x.shape[-1] else x
 
 
 class KVCacheOnly:

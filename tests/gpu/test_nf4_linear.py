@@ -143,6 +143,22 @@ def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch
     assert relative_error(actual / size, exact / size) < (0.6 if rank <= 64 else 1) * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("rows", [1, 8, 64, 100, 250])
+@pytest.mark.parametrize("rank", [None, 16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adapter_of_gate_and_up(rows, rank, scaled, monkeypatch):
+    """silu(gate) * up in passing: what the product of `swiglu`'s result is, but for its sigmoid's last bit."""
+    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: scaled)
+    both, packed, absmax, _ = problem(4096, 3584, rows, torch.bfloat16, device="cuda")
+    both = torch.cat([both, both.flip(-1)], -1)
+    lora = None if rank is None else adapter(3584, rank, (4096,), torch.bfloat16, device="cuda")
+    x = torch.nn.functional.silu(both[:, :3584]) * both[:, 3584:]
+    exact = exact_product(x, packed, absmax, (4096, 3584), None, lora)
+    with poisoned_memory():
+        actual = nf4_linear(both, packed, absmax, (4096, 3584), lora=lora, gated=True, backend="fused")
+    assert relative_error(actual, exact) < 0.6 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("rows", [8, 64, 100])
 def test_adapter_under_a_graph(rows):
     """Products one after the other, that reuse each other's buffers; x and the adapter change between replays."""
