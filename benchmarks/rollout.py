@@ -17,6 +17,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from torch.autograd import DeviceType
 
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
@@ -99,6 +100,15 @@ def timed(run, repeats: int) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def busy(events) -> float:
+    """Milliseconds in which at least one kernel ran: those that start before the one ahead has ended overlap it."""
+    total = end = 0.0
+    for e in sorted((e for e in events if e.device_type == DeviceType.CUDA), key=lambda e: e.time_range.start):
+        total += max(0.0, e.time_range.end - max(end, e.time_range.start))
+        end = max(end, e.time_range.end)
+    return total / 1e3
 
 
 @contextlib.contextmanager
@@ -287,8 +297,8 @@ def main(args: Args) -> None:
                     torch.cuda.synchronize()
                     wall = time.perf_counter() - begin
                 kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
-                print(f"{what}: {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms of kernels "
-                      f"in {1e3 * wall:.1f} ms, ms and calls")  # fmt: skip
+                print(f"{what}: {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms of kernels in "
+                      f"{1e3 * wall:.1f} ms, {busy(profiler.events()):.1f} of which some kernel ran; ms and calls")  # fmt: skip
                 for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
                     print(f"{e.self_device_time_total / 1e3:9.2f}{e.count:7}  {e.key[:110]}")
         engine.sync(model)  # it has trained once more
