@@ -297,8 +297,9 @@ def main(args: Args) -> None:
                     torch.cuda.synchronize()
                     wall = time.perf_counter() - begin
                 kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
-                print(f"{what}: {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms of kernels in "
-                      f"{1e3 * wall:.1f} ms, {busy(profiler.events()):.1f} of which some kernel ran; ms and calls")  # fmt: skip
+                total = sum(e.self_device_time_total for e in kernels) / 1e3
+                print(f"{what}: {total:.1f} ms of kernels; {1e3 * wall:.1f} ms, {busy(profiler.events()):.1f} not idle")
+                print("ms, calls, kernel")
                 for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
                     print(f"{e.self_device_time_total / 1e3:9.2f}{e.count:7}  {e.key[:110]}")
         engine.sync(model)  # it has trained once more

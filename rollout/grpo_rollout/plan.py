@@ -25,8 +25,11 @@ DEQUANTISE_TOKENS = 300
 """how many tokens' products take as long as dequantising the weights once, as each pass of a micro-batch does"""
 SPARE = 0.05
 """of the limit: what kept activations leave free, since no run fails for want of them"""
-DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.64e12, 2.5e12, 3.4e14
-"""one H100's with Llama 3.1 8B (8 x 256 tokens: 7.2 ms a decode step, 0.57 s of training), for a rough forecast"""
+DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.86e12, 2.5e12, 3.4e14
+"""one H100's with Llama 3.1 8B (8, 64 and 256 x 256 tokens: 6.0, 8.3 and 18.5 ms a decode step; 0.57 s to train the
+first), for a rough forecast"""
+DECODE_SEQUENCES = 150
+"""so many sequences more take as long again as reading the weights"""
 
 
 class Plan(NamedTuple):
@@ -185,7 +188,11 @@ def _forecast(
     weights = size.quantized_bytes + 2 * model.vocab * model.hidden  # one 16-bit matrix, the head, is read a token
     keys = at_a_time * (prompt_tokens + completion_tokens / 2) * kv_bytes_per_token(model)
     rounds = -(-sequences // at_a_time)
-    return rounds * completion_tokens * (weights * (1 + at_a_time / 100) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
+    return (
+        rounds
+        * completion_tokens
+        * (weights * (1 + at_a_time / DECODE_SEQUENCES) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
+    )
 
 
 def describe(plan: Plan) -> str:
