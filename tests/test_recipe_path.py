@@ -188,13 +188,16 @@ def test_micro_batches_without_gradient(tiny, checkpointing):
     idle = [m._replace(advantages=torch.zeros_like(m.advantages)) for m in problem.micros]
     try:
         if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            base.enable_input_require_grads()
         update(model, problem, OBJECTIVES["dapo"], "dispatched")
         assert len(passes) == sum(bool(m.advantages.any()) for m in problem.micros) == len(problem.micros) - 2
         result = update(model, problem._replace(micros=idle), OBJECTIVES["dapo"], "dispatched")
     finally:
         hook.remove()
         base.gradient_checkpointing_disable()
+        if checkpointing:
+            base.disable_input_require_grads()
     assert len(passes) == len(problem.micros) - 2
     assert (result.gradient == 0).all()
     assert result.metrics["entropy"] > 1
