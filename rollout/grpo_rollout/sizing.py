@@ -52,8 +52,7 @@ def allowed_bytes(total_bytes: int, budget_bytes: int | None) -> int:
 def must_be_free(sizes: Sizes, total_bytes: int, budget_bytes: int | None) -> int:
     """Bytes of the card that must be free for the engine to wake and work without passing `allowed_bytes`.
 
-    Where they are, PyTorch keeps what it cached while training: to give it back and ask for it again costs a tenth of a
-    second a step, and more where much of it holds activations."""
+    Where they are, PyTorch keeps what it cached while training, and need not ask the driver for it at each step."""
     return total_bytes - allowed_bytes(total_bytes, budget_bytes) + sizes.kv_cache_bytes + sizes.working_bytes
 
 
