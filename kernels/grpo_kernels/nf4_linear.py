@@ -581,6 +581,8 @@ def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> 
 
 
 if triton is not None:
+    from grpo_kernels.swiglu import gate_times_up
+
     _SHRINK_BLOCK = tl.constexpr(SHRINK_BLOCK)
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16]))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16]))
@@ -730,12 +732,10 @@ if triton is not None:
 
     @triton.jit
     def _load_x(pointers, up_offset, mask):
-        """x, zero outside mask; where there is an up_offset, silu(gate) * up, rounded as `swiglu` rounds it."""
+        """x, zero outside mask; where there is an up_offset, silu(gate) * up as `swiglu` makes it."""
         x = tl.load(pointers, mask=mask, other=0.0)
         if up_offset is not None:
-            gate = x.to(tl.float32)
-            silu = (gate * tl.sigmoid(gate)).to(x.dtype).to(tl.float32)
-            x = (silu * tl.load(pointers + up_offset, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+            x = gate_times_up(x, tl.load(pointers + up_offset, mask=mask, other=0.0))
         return x
 
     @triton.jit

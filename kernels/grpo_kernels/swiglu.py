@@ -81,15 +81,20 @@ def _grid(x: Tensor) -> tuple[int, int]:
 if triton is not None:
 
     @triton.jit
+    def gate_times_up(gate, up):
+        """silu(gate) * up in their dtype, to which silu is rounded first."""
+        wide = gate.to(tl.float32)
+        silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+        return (silu * up.to(tl.float32)).to(gate.dtype)
+
+    @triton.jit
     def _forward_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, columns, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
-        gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-        silu = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-        out = silu * up
-        tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+        gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0)
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0)
+        tl.store(out_ptr + row * columns + column, gate_times_up(gate, up), mask=inside)
 
     @triton.jit
     def _backward_kernel(

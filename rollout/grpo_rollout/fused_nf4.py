@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, Lora, NestedAbsmax, is_hopper, nf4_linear
+from grpo_kernels.swiglu import swiglu_reference
 from grpo_rollout.shared_weights import Quantized, dequantized
 
 Product = Callable[[Quantized, torch.Tensor], torch.Tensor]
@@ -48,8 +49,7 @@ def with_adapter(rank: int, *, gated: bool = False) -> tuple[Product, Product]:
 
     def reference(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
         if gated:
-            gate, up = x.chunk(2, -1)
-            x = nn.functional.silu(gate) * up
+            x = swiglu_reference(*x.chunk(2, -1))
         return plain(weight, x) + torch.cat([x @ a.T @ b.T for _, a, b in adapter(weight, x).slices()], 1)
 
     return tried, reference

@@ -668,15 +668,20 @@ def _forget_adapters(worker: Any) -> None:
 def _apply_with_adapter(
     weight: Quantized, lora: Lora, longer: Callable, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    if x.numel() > FUSED_ROWS * x.shape[-1]:
+    if not _within_product(x):
         return longer(x, bias)
     gated = x.shape[-1] == 2 * weight.cols
     return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora, gated=gated)
 
 
 def _left_to_down_proj(longer: Callable, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up is made within the next product where that takes so few tokens."""
-    return longer(x) if x.numel() > FUSED_ROWS * x.shape[-1] else x
+    """silu(gate) * up is made within the next product where that takes the adapter."""
+    return x if _within_product(x) else longer(x)
+
+
+def _within_product(x: torch.Tensor) -> bool:
+    """Whether a step of so few tokens leaves adapter and activation to `nf4_linear`."""
+    return x.numel() <= FUSED_ROWS * x.shape[-1]
 
 
 class KVCacheOnly:
