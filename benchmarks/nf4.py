@@ -216,7 +216,7 @@ def table(args: Args) -> None:
     print(f"{'bf16 ms':>8}{'GB/s':>6}" + (f" | rank {args.lora}: fused ms, after it" if args.lora else ""))
     for rows in args.rows:
         x = inputs(shapes, rows)
-        path = nf4._choose(next(iter(x.values())), rows, 4096)
+        path = nf4.choose_backend(next(iter(x.values())), rows, 4096)
         ms = replay_ms(products(weights, x), args.replays)
         chunks = replay_ms(products(weights, x, "dequantise"), 5)
         theirs = float("nan")
@@ -267,8 +267,12 @@ def candidates(rows: int) -> list[nf4.Tiles]:
     """Tiles to try; splits are filled in for each shape. The first scale sums, the others weights."""
     T = nf4.Tiles
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
+    if rows <= nf4.FEW_ROWS_TILE:
+        few = [T(16, 8 if rows <= 8 else 16, 1, warps, 1) for warps in (2, 4, 8, 16)]
+        few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (64, 80)]
+        return list(dict.fromkeys([first, *few, T(64, 16, 1, 4, 2, wide=False)]))
     if rows <= 32:
-        height = 16 if rows <= 16 else 32
+        height = 32
         found = [T(64, height, 1, 4, 2), T(64, height, 1, 4, 2, wide=False), T(64, height, 1, 4, 3)]
         found += [T(64, height, 1, 4, 3, group=2), T(64, height, 1, 4, 4, group=2), T(128, height, 1, 8, 2)]
     elif rows <= 64:
@@ -306,9 +310,14 @@ def compile_tiles(args: Args) -> bool:
     """Compile one of the candidates, with and without split, and check it; False if it is wrong or does not run."""
     tiles = all_candidates(args)[args.compile]
     weight = random_weight((304, 2048), args.joined)  # N a multiple of 16 as the real ones: no second compilation
-    x = torch.randn(2 * tiles.rows - 3, 2048, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(
+        tiles.rows - 3 if tiles.n == nf4.FEW_ROWS_TILE else 2 * tiles.rows - 3,
+        2048,
+        device=DEVICE,
+        dtype=torch.bfloat16,
+    )
     exact = x.double() @ nf4.nf4_dequantise_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
-    for splits in (1, 2):
+    for splits in (1,) if tiles.n == nf4.FEW_ROWS_TILE else (1, 2):
         t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
             error = fused_error(x, weight, t, exact)
@@ -341,6 +350,8 @@ def compile_all(args: Args) -> set[nf4.Tiles]:
 
 def splits_of(tiles: nf4.Tiles, n: int, k: int, rows: int, multiprocessors: int) -> list[int]:
     """Splits worth a try: the programs fill the multiprocessors, in few enough pieces."""
+    if tiles.n == nf4.FEW_ROWS_TILE:
+        return [1]
     programs = -(-n // tiles.n) * -(-rows // tiles.rows)
     most = (10 if rows <= 64 else 5) * multiprocessors
     more = [s for s in (2, 3, 4, 5, 6, 8, 12, 16) if programs * (s - 1) < 3 * multiprocessors and programs * s < most]

@@ -78,7 +78,12 @@ class Args:
 
 
 class Smi(threading.Thread):
-    """What nvidia-smi shows in use within a block, asked every 20 ms."""
+    """What nvidia-smi shows in use within a block, asked every 20 ms until metrics has so many lines: asking slows the
+    trainer's launches down, so the last step is timed without."""
+
+    def __init__(self, metrics: Path, lines: int) -> None:
+        super().__init__()
+        self.metrics, self.lines = metrics, lines
 
     def __enter__(self) -> "Smi":
         command = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=20"
@@ -91,6 +96,8 @@ class Smi(threading.Thread):
     def run(self) -> None:
         for line in self.process.stdout:
             self.seen.append((time.time(), int(line.split()[0]) * 2**20 / GB))
+            if self.metrics.exists() and self.metrics.read_bytes().count(b"\n") >= self.lines:
+                self.process.kill()
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
@@ -189,7 +196,7 @@ def main(args: Args) -> None:
             settings["max_prompt_tokens"] = 512  # its instructions, byte by byte
         settings["sampled_tokens"] = args.sampled_tokens
         begin = time.time()
-        with Smi() as smi:
+        with Smi(run_dir / "metrics.jsonl", args.steps) as smi:  # its first line is an evaluation's
             result = subprocess.run(
                 [sys.executable, __file__, "--child", json.dumps(settings)], capture_output=True, text=True, check=False
             )

@@ -66,23 +66,23 @@ for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio"))
 
 # The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
 chosen = {}
-for rows, scaled in itertools.product((16, 32, 64, 128, 256), (False, True)):
-    for n in (1024, 2**17) if rows in (16, 256) else (1024,):  # of the widest no sum is split
+for rows, scaled in itertools.product((32, 64, 128, 256), (False, True)):
+    for n in (1024, 2**17) if rows in (32, 256) else (1024,):  # of the widest no sum is split
         tiles = nf4_linear.choose_tiles(rows, n, 4096, 132, scaled)
         chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
-assert len(chosen) == 13 and {tiles.splits for tiles in chosen} == {1, 2}
+assert len(chosen) == 11 and {tiles.splits for tiles in chosen} == {1, 2}
 for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
     rank = (16 if split else 64) if adapter else None
     nested = tiles.scaled or split
     dtype = "bf16" if nested else "fp16"
     x = "fp16" if tiles.scaled else dtype
-    pointers = {"x": x, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype}
+    pointers = {"x": x, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
     pointers |= {"partial": "fp32", "counters": "i32"} if split else {}
     pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
     choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
-    choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows}
+    choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "EMULATED": False}
     integers = "offset_stride rows N K row_tiles"
     if rank:
         pointers |= {"b": dtype, "shrunk": "fp32"}
@@ -91,18 +91,41 @@ for tiles, adapter in itertools.product(chosen, (False, True)):
     known = types(pointers, integers, "factor")
     used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
+
+def compile_few_rows(rows, n, nested, dtype, rank, wait_first):
+    tiles = nf4_linear.choose_tiles(rows, n, 4096, 132)
+    pointers = {"x": dtype, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
+    pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
+    pointers |= {"b": dtype, "shrunk": "fp32"} if rank else {}
+    integers = "offset_stride rows row_stride N K"
+    integers += " shrunk_rows shrink_splits slices first_end second_end" if rank else ""
+    choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
+    choices |= {"WAIT_FIRST": wait_first} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
+    known = types(pointers, integers, "factor")
+    compile(nf4_linear._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
+    return tiles
+
+few = {compile_few_rows(8, 1024, True, "bf16", 16, False), compile_few_rows(8, 2**17, False, "fp16", None, True)}
+few |= {compile_few_rows(16, 1024, False, "bf16", 64, True), compile_few_rows(16, 2**17, True, "fp16", 8, False)}
+assert len(few) == 4
+
 adapters = ((None, None), (12, 16), (16, 32), (64, 16))
-for scaled, gated, (rank, height) in itertools.product((False, True), (False, True), adapters):
-    pointers = {"x": "bf16", "out": "fp16" if scaled else "bf16", "counters": "i32"}
+for made, gated, (rank, height) in itertools.product(("bf16", "fp16", "natural", None), (False, True), adapters):
+    if made is None and (gated or not rank):
+        continue  # nothing to do
+    scaled = made == "fp16"
+    pointers = {"x": "bf16"} | ({"out": made.replace("natural", "bf16")} if made else {})
+    pointers |= {"counters": "i32"} if made in ("bf16", "fp16") else {}
     pointers |= {"row_scale": "fp32"} if scaled else {}
     integers, choices = "row_stride stride rows columns counters", {"WIDTH": 16384 if scaled else 1024}
+    choices |= {"PERMUTED": made in ("bf16", "fp16"), "TRIGGER_LATE": made is None}
     integers += " up_offset" * gated
     if rank:
         pointers |= {"a": "bf16", "shrunk": "fp32"}
         integers += " shrink_programs shrunk_rows slices share"
         choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
     known = types(pointers, integers, "")
-    used = compile(nf4_linear._permute_kernel, known, 16 if scaled else 4, 5 if rank == 12 else 3, PDL=True, **choices)
+    used = compile(nf4_linear._prepare_kernel, known, 16 if scaled else 4, 5 if rank == 12 else 3, PDL=True, **choices)
     assert used <= 48 * 1024, (rank, used)  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")

@@ -134,6 +134,10 @@ def test_scaled_weights_of_any_magnitude(group):
 
 
 ADAPTED = [  # n, k, rows, rank, ends of slices, tiles
+    (96, 512, 1, 8, (96,), Tiles(16, 8, 1, 2, 1)),
+    (200, 768, 8, 48, (64, 128, 200), Tiles(16, 8, 1, 4, 1)),  # a warp without work
+    (130, 1792, 9, 64, (64, 130), Tiles(16, 16, 1, 4, 1)),  # turns that differ, and N no multiple of the tile
+    (40, 3584, 16, 16, (40,), Tiles(16, 16, 1, 8, 1)),
     (96, 512, 1, 8, (96,), Tiles(64, 16, 1, 4, 2, wide=False)),
     (200, 768, 17, 16, (64, 128, 200), Tiles(64, 32, 2, 4, 2)),  # N no multiple of the tile, of a slice neither
     (192, 256, 5, 48, (128, 192), Tiles(64, 8, 1, 4, 2)),  # fewer rows in a tile than a product with A takes
@@ -339,12 +343,29 @@ def test_gradient(backend, monkeypatch):
         assert relative_error(a, e) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_ptx_of_the_lookup(dtype):
+def constants(dtype):
+    """What a lane has in registers, as uint32."""
+    lanes = nf4._constants(dtype, torch.device("cpu"))
+    assert lanes.shape == (5, 32)
+    assert (lanes == lanes[:, :1]).all()
+    return lanes[:, 0].numpy().view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_registers"),
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, False)],
+    ids=str,
+)
+def test_ptx_of_the_lookup(dtype, in_registers):
     """Executes the PTX for every 16-bit half of a word, and compares bit for bit with the table."""
     scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE[dtype]
     word = (np.arange(2**16) | np.random.default_rng(0).permutation(2**16) << 16).astype(np.uint32)
-    outputs = run_ptx(nf4.lookup_ptx(dtype, scale), word, 2 * dtype.itemsize)
+    size = 2 * dtype.itemsize
+    registers = {f"${size}": word}
+    if in_registers:
+        registers |= {f"${5 + 2 * i}": c for i, c in enumerate(constants(dtype))}
+    registers = run_ptx(nf4.lookup_ptx(dtype, scale, registers=in_registers), registers)
+    outputs = [registers[f"${i}"] for i in range(size)]
     table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype)
     values = torch.from_numpy(np.stack(outputs, -1).view(np.int32)).view(dtype)  # [2 ** 16, 8], k = 0..7
     assert values.shape == (2**16, 8)
@@ -361,8 +382,8 @@ def test_ptx_of_the_scaled_lookup(which):
     word = random.integers(0, 2**32, 4096, dtype=np.uint32)
     scales = (random.random((4096, 2)) * 2.0 ** random.integers(-12, 15, (4096, 2))).astype(np.float16)
     source = nf4.lookup_ptx(torch.float16, nf4.TABLE_SCALE[torch.float16], which)
-    outputs = run_ptx(source, word, 4, {"$5": scales.view(np.uint32)[:, 0]})
-    values = np.stack(outputs, -1).view(np.float16)  # [4096, 8], k = 0..7
+    registers = run_ptx(source, {"$4": word, "$5": scales.view(np.uint32)[:, 0]})
+    values = np.stack([registers[f"${i}"] for i in range(4)], -1).view(np.float16)  # [4096, 8], k = 0..7
     table = (np.array(nf4.NF4) * nf4.TABLE_SCALE[torch.float16]).astype(np.float16)
     for i in range(4):
         byte = word >> (8 * i) & 255
@@ -370,23 +391,45 @@ def test_ptx_of_the_scaled_lookup(which):
             assert (values[:, 2 * i + odd] == table[codes] * scales[:, which]).all()
 
 
-def run_ptx(source: str, word: np.ndarray, outputs: int, more: dict[str, np.ndarray] | None = None) -> list[np.ndarray]:
-    """The few instructions that `lookup_ptx` uses, on arrays of uint32. more: operands beside the word."""
-    registers = {f"${outputs}": word, **(more or {})}
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ptx_of_a_block(dtype, columns):
+    """A warp's 16 rows of W times 8 or 16 of x: lookups executed, and each mma as PTX defines its fragments."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (16, 64), dtype=np.uint64)
+    x = torch.from_numpy(random.standard_normal((8 * columns, 64))).to(dtype)
+    packed = (codes[:, ::2] << np.uint64(4) | codes[:, 1::2]).astype(np.uint8)
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    first = 4 * columns
+    operands = {f"${first + i}": packed.view(np.uint64)[g + 8 * i, t] for i in (0, 1)}
+    words = x.view(torch.uint16).numpy().view(np.uint64)  # four values each
+    for column, i in itertools.product(range(columns), range(4)):
+        operands[f"${first + 2 + 4 * column + i}"] = words[g + 8 * column, 4 * t + i]
+    operands |= {f"${first + 2 + 4 * columns + i}": constant for i, constant in enumerate(constants(dtype))}
+    sums = run_ptx(nf4.block_ptx(dtype, columns), operands)
+    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * nf4.TABLE_SCALE[dtype]).to(dtype).double().numpy()
+    exact = table[codes.astype(np.int64)] @ x.double().numpy().T  # [16, 8 * columns]
+    for column, i in itertools.product(range(columns), range(4)):
+        expected = exact[g + 8 * (i // 2), 8 * column + 2 * t + i % 2]
+        np.testing.assert_allclose(sums[f"${4 * column + i}"], expected, rtol=1e-12, atol=1e-12)
+
+
+def run_ptx(source: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The few instructions that our PTX uses, on arrays (32 lanes, for mma) of uint32; float64 sums. The registers
+    after it."""
+    registers = dict(registers)
 
     def value(name):
-        if name in registers:
-            return registers[name].astype(np.uint64)
-        return np.full(len(word), int(name, 0), np.uint64)
+        return registers[name].astype(np.uint64) if name in registers else np.uint64(int(name, 0))
 
-    for line in re.findall(r"[\w.]+ [^;{}]+(?=;)", source):
+    for line in re.findall(r"[\w.]+ [^;]+(?=;)", source):
         op, rest = line.split(" ", 1)
-        names = [name.strip() for name in rest.split(",")]
+        names = re.findall(r"[$\w]+", rest)
         if op == ".reg":
             continue
         if op == "prmt.b32":
             both = value(names[1]) | value(names[2]) << np.uint64(32)
-            result = np.zeros(len(word), np.uint64)
+            result = np.uint64(0)
             for i in range(4):
                 selector = value(names[3]) >> np.uint64(4 * i) & np.uint64(15)
                 assert (selector < 8).all()  # the mode that replicates signs is not used
@@ -401,10 +444,34 @@ def run_ptx(source: str, word: np.ndarray, outputs: int, more: dict[str, np.ndar
         elif op == "mul.rn.f16x2":
             pairs = [value(name).astype(np.uint32).view(np.float16) for name in names[1:]]
             result = (pairs[0] * pairs[1]).view(np.uint32)
+        elif op == "mov.b64":  # {low, high}, wide
+            registers[names[0]] = value(names[2]).astype(np.uint32)
+            result, names = value(names[2]) >> np.uint64(32), names[1:]
+        elif op == "mov.f32":
+            registers[names[0]] = np.zeros(32) if names[1] == "0f00000000" else registers[names[1]]
+            continue
+        elif op.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
+            dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[op.split(".")[-3]]
+            registers |= mma(names[:4], registers, names[4:8], names[8:10], names[10:], dtype)
+            continue
         else:
             raise AssertionError(op)
-        registers[names[0]] = result.astype(np.uint32)
-    return [registers[f"${i}"] for i in range(outputs)]
+        registers[names[0]] = np.asarray(result).astype(np.uint32)
+    return registers
+
+
+def mma(d, registers, a, b, c, dtype):
+    """The fragments of m16n8k16 as the PTX ISA defines them: lane 4 g + t has columns 2 t, 2 t + 1 and 8 more."""
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    pairs = [torch.from_numpy(registers[r].view(np.int32)).view(dtype).view(32, 2).double().numpy() for r in (*a, *b)]
+    left, right = np.zeros((16, 16)), np.zeros((8, 16))
+    for i in range(4):
+        for e in (0, 1):
+            left[g + 8 * (i % 2), 2 * t + e + 8 * (i // 2)] = pairs[i][:, e]
+            if i < 2:
+                right[g, 2 * t + e + 8 * i] = pairs[4 + i][:, e]
+    product = left @ right.T
+    return {d[i]: registers[c[i]] + product[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,7 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
   what dequantising to bfloat16 costs, and 0.008% in float16. The scales multiply fp32 partial sums of 64 terms, so they
   add no error.
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
-  way (`_permute_kernel`), which pads its rows to the tile as well.
+  way (`_prepare_kernel`), which pads its rows to the tile as well.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 - A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts over k without atomics. The program
   that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B to the
@@ -211,7 +211,7 @@ def nf4_dequantise(
     if blocks:
         _dequantise_kernel[(triton.cdiv(blocks, 32),)](
             packed.view(-1).view(torch.int16), *_scale_arguments(absmax), out,
-            _emulation_table(torch.float32, 1.0, packed.device),
+            None if packed.is_cuda else _emulation_table(torch.float32, 1.0),
             blocks, size[1] // BLOCK, shape[1] // BLOCK, row_start, start // BLOCK,
             NESTED=isinstance(absmax, NestedAbsmax), BLOCKS=32,
         )  # fmt: skip
@@ -374,7 +374,7 @@ def _gradient_by_chunks(grad: Tensor, packed: Tensor, absmax: Tensor | NestedAbs
 
 
 class Tiles(NamedTuple):
-    """How the fused kernel is launched."""
+    """How the fused kernel is launched, or with n = 16 the one for few rows, of rows, warps and registers only."""
 
     n: int  # weight rows a program
     rows: int  # rows of x a program
@@ -388,6 +388,8 @@ class Tiles(NamedTuple):
     registers: int | None = None  # at most so many a thread
 
 
+FEW_ROWS_TILE = 16
+"""weight rows a program of the kernel for few rows, and the rows of x up to which it is the faster one"""
 FUSED_RANK = 64
 """the largest adapter that the fused kernel adds"""
 
@@ -401,6 +403,9 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
     """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small.
 
     scaled: tiles that scale weights before the product; measured at 64 and 256 rows."""
+    if rows <= FEW_ROWS_TILE and not scaled:  # more warps share a sum where there are few programs
+        warps = 8 if n // FEW_ROWS_TILE <= 4 * multiprocessors else 4
+        return Tiles(FEW_ROWS_TILE, 8 if rows <= 8 else 16, 1, min(warps, 2 ** int(math.log2(k // 256))), 1)
     if scaled and rows > 128:
         tiles, resident = Tiles(128, 256, 1, 8, 3, group=2, scaled=True), 1
     elif scaled and rows > 64:
@@ -409,8 +414,6 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
         tiles, resident = Tiles(64, 64, 1, 4, 3, group=2, scaled=True), 3
     elif scaled:
         tiles, resident = Tiles(64, 16 if rows <= 16 else 32, 1, 4, 2, scaled=True), 4
-    elif rows <= 16:
-        tiles, resident = Tiles(64, 16, 1, 4, 2, wide=False), 4
     elif rows <= 32:
         tiles, resident = Tiles(64, 32, 1, 4, 2), 3
     elif rows <= 64:
@@ -458,6 +461,70 @@ def _shrink_splits(tiles: int, rows: int, k: int, rank: int, multiprocessors: in
     return share, -(-blocks // share)
 
 
+def _lora_arguments(
+    x: Tensor, lora: Lora | None, rows: int, row_tile: int, shape: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What x A^T takes of a kernel's arguments, and what adding its product with B takes; x is padded to rows."""
+    if lora is None:
+        return {}, {}
+    n, k = shape
+    rank, slices = lora.b.shape[1], len(lora.ends)
+    rank_tile = max(16, triton.next_power_of_2(rank))
+    height = 32 if row_tile > 16 and rank_tile <= 32 else 16
+    row_blocks = triton.cdiv(rows, height)
+    share, splits = _shrink_splits(row_blocks * slices, row_tile, k, rank_tile, _multiprocessors(x.device))
+    shrunk = torch.empty(splits, row_blocks * height, slices * rank_tile, dtype=torch.float32, device=x.device)
+    common = {
+        "shrunk_ptr": shrunk, "shrunk_rows": shrunk.shape[1], "slices": slices, "RANK": rank, "RANK_TILE": rank_tile
+    }  # fmt: skip
+    shrink = common | {
+        "a_ptr": lora.a, "shrink_programs": splits * row_blocks * slices, "share": share, "SHRINK_ROWS": height,
+        "EMULATED": not x.is_cuda, "num_stages": 5 if height == rank_tile == 16 else 3,
+    }  # fmt: skip
+    first, second = (*lora.ends, n, n)[:2]
+    return shrink, common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
+
+
+def _few_rows(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | NestedAbsmax,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    tiles: Tiles,
+    lora: Lora | None,
+    gated: bool,
+    y: Tensor,
+) -> Tensor:
+    """`_fused` for up to 16 rows, into y."""
+    n, k = shape
+    options = {"launch_pdl": True} if tiles.pdl else {}
+    registers = {"maxnreg": tiles.registers} if tiles.registers else {}
+    if not gated and (x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16):
+        x = x.contiguous()
+    shrink, expand = _lora_arguments(x, lora, len(x), 16, shape)
+    if lora is not None or gated:
+        source, made, width = x, None, 1024
+        if gated:
+            x = made = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
+        grid: tuple[int, ...] = (len(x), triton.cdiv(k, width))
+        if lora is not None:
+            grid = (shrink["shrink_programs"] + (grid[0] * grid[1] if gated else 0),)
+        _prepare_kernel[grid](
+            source, made, None, None, source.stride(0), source.stride(1), k * source.stride(1) if gated else None,
+            len(x), k, 0,
+            WIDTH=width, PERMUTED=False, PDL=tiles.pdl, TRIGGER_LATE=not gated, **shrink, num_warps=4, **options,
+        )  # fmt: skip
+    _few_rows_kernel[(triton.cdiv(n, tiles.n),)](
+        x, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, _table(x),
+        len(x), x.stride(0), n, k, 1 / TABLE_SCALE[x.dtype],
+        NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, PDL=tiles.pdl,
+        WAIT_FIRST=gated or lora is None, EMULATED=not x.is_cuda, **expand,
+        num_warps=tiles.warps, num_stages=1, **options, **registers,
+    )  # fmt: skip
+    return y
+
+
 def _fused(
     x: Tensor,
     packed: Tensor,
@@ -482,6 +549,8 @@ def _fused(
     if lora is not None and not _lora_fits(lora, tiles.n):
         x = swiglu(*x.chunk(2, -1)) if gated else x
         return _add_lora(_fused(x, packed, absmax, shape, bias, tiles), x, lora)
+    if tiles.n == FEW_ROWS_TILE:
+        return _few_rows(x, packed, absmax, shape, bias, tiles, lora, gated, y)
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
     width = triton.next_power_of_2(k) if tiles.scaled else 1024
@@ -495,42 +564,27 @@ def _fused(
     options = {"launch_pdl": True} if tiles.pdl else {}
     registers = {"maxnreg": tiles.registers} if tiles.registers else {}
     grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
-    shrink: dict[str, Any] = {}
-    expand: dict[str, Any] = {}
+    shrink, expand = _lora_arguments(x, lora, len(permuted), tiles.rows, shape)
     if lora is not None:
-        rank, slices = lora.b.shape[1], len(lora.ends)
-        rank_tile = max(16, triton.next_power_of_2(rank))
-        height = 32 if tiles.rows > 16 and rank_tile <= 32 else 16
-        row_blocks = triton.cdiv(len(permuted), height)
-        share, splits = _shrink_splits(row_blocks * slices, tiles.rows, k, rank_tile, _multiprocessors(x.device))
-        shrunk = torch.empty(splits, row_blocks * height, slices * rank_tile, dtype=torch.float32, device=x.device)
-        common = {
-            "shrunk_ptr": shrunk, "shrunk_rows": shrunk.shape[1], "slices": slices, "RANK": rank, "RANK_TILE": rank_tile
-        }  # fmt: skip
-        shrink = common | {
-            "a_ptr": lora.a, "shrink_programs": splits * row_blocks * slices, "share": share, "SHRINK_ROWS": height,
-            "EMULATED": not x.is_cuda, "num_stages": 5 if height == rank_tile == 16 else 3,
-        }  # fmt: skip
-        first, second = (*lora.ends, n, n)[:2]
-        expand = common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
-        grid = (splits * row_blocks * slices + grid[0] * grid[1],)
-    _permute_kernel[grid](
+        grid = (shrink["shrink_programs"] + grid[0] * grid[1],)
+    _prepare_kernel[grid](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
-        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
+        0 if counters is None else len(counters), WIDTH=width, PERMUTED=True, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, partial, counters,
-        row_scale, _emulation_table(permuted.dtype, TABLE_SCALE[permuted.dtype], x.device),
+        row_scale, _table(permuted),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE[permuted.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
-        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, **expand,
+        N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, EMULATED=not x.is_cuda,
+        **expand,
         num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
     )  # fmt: skip
     return y
 
 
-def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None = None) -> str:
+def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None = None, registers: bool = False) -> str:
     """PTX that turns four bytes of codes into their eight values, NF4[code] * scale in dtype.
 
     The lowest byte is the first in memory and its high four bits are its even k, so from the lowest bits on the word
@@ -541,42 +595,113 @@ def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None 
     halves of the table, and a third prmt, with bit 3 of the codes, picks one of the two. Once for each byte of dtype.
 
     multiply: for float16, times that one of the two float16 values in $5, rounded; there is a $6, not used.
+    registers: `_constants` in the operands that follow, two each, the same.
     """
     size = dtype.itemsize
-    planes = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, size).T.tolist()
-    tables = [[int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)] for plane in planes]
-    word = f"${2 * size}"
-    lines = [
-        f"shr.u32 m, {word}, 1;",
-        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xea;",  # (m & ..) | ..: selector i + 4 * bit 3 of code i
-        f"and.b32 s, {word}, 0x77777777;",
-    ]
-    for half in (0, 1):
-        if half:
-            lines += ["shr.u32 m, m, 16;", "shr.u32 s, s, 16;"]
-        for name, (t0, t1, t2, t3) in zip("abcd", tables):
-            lines.append(f"prmt.b32 p, {t0:#010x}, {t1:#010x}, s;")
-            lines.append(f"prmt.b32 q, {t2:#010x}, {t3:#010x}, s;")
-            lines.append(f"prmt.b32 {name}, p, q, m;")
-        if size == 2:
-            lines.append(f"prmt.b32 ${2 * half}, a, b, 0x4051;")
-            lines.append(f"prmt.b32 ${2 * half + 1}, a, b, 0x6273;")
-        else:
-            for code in range(4):
-                pick = f"{(code + 4) << 4 | code:#06x}"
-                lines.append(f"prmt.b32 p, a, b, {pick};")
-                lines.append(f"prmt.b32 q, c, d, {pick};")
-                lines.append(f"prmt.b32 ${4 * half + (code ^ 1)}, p, q, 0x5410;")
+    constants = [f"${2 * size + (1 if multiply is None else 3) + 2 * i}" for i in range(5)] if registers else None
+    lines = _lookup_lines(dtype, scale, f"${2 * size}", [f"${i}" for i in range(2 * size)], constants)
     if multiply is not None:  # the scale is read before the outputs are written: they may share a register
         lines.insert(0, f"prmt.b32 t, $5, $5, {(0x1010, 0x3232)[multiply]:#06x};")
         lines += [f"mul.rn.f16x2 ${i}, ${i}, t;" for i in range(4)]
     return "{ .reg .b32 m, s, p, q, a, b, c, d, t;\n" + "\n".join(lines) + "\n}"
 
 
-def _emulation_table(dtype: torch.dtype, scale: float, device: torch.device) -> Tensor | None:
-    """What `lookup_ptx` looks up, as float32, for the interpreter; None on CUDA, where the PTX runs."""
-    if device.type == "cuda":
-        return None
+def _table_words(dtype: torch.dtype, scale: float) -> list[list[int]]:
+    """The table as 32-bit words: for each byte of dtype, lowest first, that of the 16 values."""
+    planes = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).view(torch.uint8).view(16, dtype.itemsize).T
+    return [[int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)] for plane in planes.tolist()]
+
+
+SELECTORS = 0x32103210
+"""byte i or, with 4 added, byte i of the other operand"""
+
+
+def _lookup_lines(
+    dtype: torch.dtype, scale: float, word: str, out: list[str], constants: list[str] | None = None
+) -> list[str]:
+    """`lookup_ptx` of a word into out. constants: registers that hold `_constants`; None: all are immediate."""
+    tables = [[f"{t:#010x}" for t in table] for table in _table_words(dtype, scale)]
+    selectors = f"{SELECTORS:#010x}"
+    if constants is not None:
+        tables = [[constants[2 * i], t1, constants[2 * i + 1], t3] for i, (_, t1, _, t3) in enumerate(tables)]
+        selectors = constants[4]
+    lines = [
+        f"shr.u32 m, {word}, 1;",
+        f"lop3.b32 m, m, 0x44444444, {selectors}, 0xea;",  # (m & ..) | ..: selector i + 4 * bit 3 of code i
+        f"and.b32 s, {word}, 0x77777777;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines += ["shr.u32 m, m, 16;", "shr.u32 s, s, 16;"]
+        for name, (t0, t1, t2, t3) in zip("abcd", tables):
+            lines.append(f"prmt.b32 p, {t0}, {t1}, s;")
+            lines.append(f"prmt.b32 q, {t2}, {t3}, s;")
+            lines.append(f"prmt.b32 {name}, p, q, m;")
+        if dtype.itemsize == 2:
+            lines.append(f"prmt.b32 {out[2 * half]}, a, b, 0x4051;")
+            lines.append(f"prmt.b32 {out[2 * half + 1]}, a, b, 0x6273;")
+        else:
+            for code in range(4):
+                pick = f"{(code + 4) << 4 | code:#06x}"
+                lines.append(f"prmt.b32 p, a, b, {pick};")
+                lines.append(f"prmt.b32 q, c, d, {pick};")
+                lines.append(f"prmt.b32 {out[4 * half + (code ^ 1)]}, p, q, 0x5410;")
+    return lines
+
+
+def block_ptx(dtype: torch.dtype, columns: int) -> str:
+    """PTX of a warp: 16 rows of W times 8 * columns rows of x over a block of 64 along k, four mma.m16n8k16 a column.
+
+    Lane 4 g + t has the codes of k = 16 t to 16 t + 15 of rows g and g + 8 of W, and those k of rows g, g + 8, ... of
+    x: which k meet in one mma is free, so nothing is shuffled. Operands: 4 * columns sums (the C fragments), the two
+    rows' codes (64 bits each), 4 * columns times 64 bits of x, and `_constants`."""
+    results = [f"${i}" for i in range(4 * columns)]
+    first = 4 * columns
+    codes, x = first, first + 2
+    constants = [f"${x + 4 * columns + i}" for i in range(5)]
+    name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    lines = [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${codes + i};" for i in range(2)]
+    lines += [f"mov.b64 {{x{2 * i}, x{2 * i + 1}}}, ${x + i};" for i in range(4 * columns)]
+    lines += [f"mov.f32 d{i}, 0f00000000;" for i in range(4 * columns)]
+    for half in (0, 1):
+        for row in (0, 1):
+            out = [f"v{4 * row + i}" for i in range(4)]
+            lines += _lookup_lines(dtype, TABLE_SCALE[dtype], f"w{2 * row + half}", out, constants)
+        for pair in (0, 2):
+            for column in range(columns):
+                d = ", ".join(f"d{4 * column + i}" for i in range(4))
+                b = 8 * column + 4 * half + pair
+                lines.append(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{{d}}}, "
+                    f"{{v{pair}, v{4 + pair}, v{pair + 1}, v{5 + pair}}}, {{x{b}, x{b + 1}}}, {{{d}}};"
+                )
+    lines += [f"mov.f32 {result}, d{i};" for i, result in enumerate(results)]
+    head = f".reg .b32 m, s, p, q, a, b, w<4>, v<8>, x<{8 * columns}>; .reg .f32 d<{4 * columns}>;"
+    return "{ " + head + "\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
+def _constants(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[5, 32] int32: the words of the table that a prmt takes from a register (its other one is immediate), and
+    SELECTORS; for each lane of a warp.
+
+    Loaded, and by each lane, so that the compiler keeps them in registers: from uniform registers it copied them for
+    every prmt, a fifth of all instructions."""
+    low, high = _table_words(dtype, TABLE_SCALE[dtype])
+    words = torch.tensor([low[0], low[2], high[0], high[2], SELECTORS], dtype=torch.int64)
+    words = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+    return words[:, None].repeat(1, 32).to(device)
+
+
+def _table(x: Tensor) -> Tensor:
+    """What the fused kernels look values of x's dtype up with."""
+    if x.is_cuda:
+        return _constants(x.dtype, x.device)
+    return _emulation_table(x.dtype, TABLE_SCALE[x.dtype])
+
+
+def _emulation_table(dtype: torch.dtype, scale: float) -> Tensor:
+    """The values themselves, as float32, for the interpreter, which runs no PTX."""
     return (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).float()
 
 
@@ -584,11 +709,29 @@ if triton is not None:
     from grpo_kernels.swiglu import gate_times_up
 
     _SHRINK_BLOCK = tl.constexpr(SHRINK_BLOCK)
-    _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16]))
-    _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16]))
-    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=0))
-    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=1))
+    _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16], registers=True))
+    _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], registers=True))
+    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=0, registers=True))
+    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=1, registers=True))
+    _CONSTANT_0, _CONSTANT_1, _CONSTANT_2, _CONSTANT_3, _CONSTANT_4 = (
+        tl.constexpr(
+            "{ .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mad.wide.u32 a, l, 4, $1; "
+            f"ld.global.b32 $0, [a + {128 * i}]; }}"
+        )
+        for i in range(5)
+    )
     _PTX_FP32 = tl.constexpr(lookup_ptx(torch.float32, 1.0))
+    _BLOCK_BF16_1 = tl.constexpr(block_ptx(torch.bfloat16, 1))
+    _BLOCK_BF16_2 = tl.constexpr(block_ptx(torch.bfloat16, 2))
+    _BLOCK_FP16_1 = tl.constexpr(block_ptx(torch.float16, 1))
+    _BLOCK_FP16_2 = tl.constexpr(block_ptx(torch.float16, 2))
+    _LOOKUP = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 11))
+    _SCALED_LOOKUP = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 13))
+    _OPERANDS_1 = tl.constexpr(",".join(["=f"] * 4 + ["l"] * 6 + ["r"] * 5))
+    _OPERANDS_2 = tl.constexpr(",".join(["=f"] * 8 + ["l"] * 10 + ["r"] * 5))
+    _SPREAD_0, _SPREAD_1, _SPREAD_2, _SPREAD_3 = (
+        tl.constexpr(f"shfl.sync.idx.b32 $0, $1, {i}, 0x1c1f, 0xffffffff;") for i in range(4)
+    )
 
     @triton.jit
     def _emulated_lookup(words, table_ptr):
@@ -604,26 +747,32 @@ if triton is not None:
         )  # fmt: skip
 
     @triton.jit
-    def _lookup(words, table_ptr, DTYPE: tl.constexpr):
-        """[N, 16] words of four codes -> q0 .. q3, where q_i[:, 2 p + e] is the value at k = 8 p + 2 i + e."""
-        if table_ptr is None:
-            if tl.float32 == DTYPE:
-                return tl.inline_asm_elementwise(
-                    _PTX_FP32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
-                    dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
-                )  # fmt: skip
-            elif tl.bfloat16 == DTYPE:
-                return tl.inline_asm_elementwise(
-                    _PTX_BF16, "=r,=r,=r,=r,r", [words],
-                    dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-                )  # fmt: skip
-            else:
-                return tl.inline_asm_elementwise(
-                    _PTX_FP16, "=r,=r,=r,=r,r", [words],
-                    dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-                )  # fmt: skip
+    def _load_constants(table_ptr, EMULATED: tl.constexpr):
+        """`_constants`, each lane's own. Nothing under the interpreter."""
+        if EMULATED:
+            return 0, 0, 0, 0, 0
         else:
-            return _emulated_lookup(words, table_ptr)
+            c0 = tl.inline_asm_elementwise(_CONSTANT_0, "=r,l", [table_ptr], dtype=tl.int32, is_pure=True, pack=1)
+            c1 = tl.inline_asm_elementwise(_CONSTANT_1, "=r,l", [table_ptr], dtype=tl.int32, is_pure=True, pack=1)
+            c2 = tl.inline_asm_elementwise(_CONSTANT_2, "=r,l", [table_ptr], dtype=tl.int32, is_pure=True, pack=1)
+            c3 = tl.inline_asm_elementwise(_CONSTANT_3, "=r,l", [table_ptr], dtype=tl.int32, is_pure=True, pack=1)
+            c4 = tl.inline_asm_elementwise(_CONSTANT_4, "=r,l", [table_ptr], dtype=tl.int32, is_pure=True, pack=1)
+            return c0, c1, c2, c3, c4
+
+    @triton.jit
+    def _lookup(words, constants, DTYPE: tl.constexpr):
+        """[N, 16] words of four codes -> q0 .. q3, where q_i[:, 2 p + e] is the value at k = 8 p + 2 i + e."""
+        c0, c1, c2, c3, c4 = constants
+        if tl.bfloat16 == DTYPE:
+            return tl.inline_asm_elementwise(
+                _PTX_BF16, _LOOKUP, [words, c0, c1, c2, c3, c4],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _PTX_FP16, _LOOKUP, [words, c0, c1, c2, c3, c4],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
 
     @triton.jit
     def _quarters(tile):
@@ -670,33 +819,39 @@ if triton is not None:
         return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
 
     @triton.jit
-    def _block_dot(words, table_ptr, x_pointers, scale, accumulator):
+    def _block_dot(words, table_ptr, constants, x_pointers, scale, accumulator, EMULATED: tl.constexpr):
         """accumulator + ([N_TILE, 16] words of one block of 64 along k times x) * scale, [N_TILE, ROW_TILE] float32."""
         x = tl.load(x_pointers)
-        q0, q1, q2, q3 = _lookup(words, table_ptr, x.dtype)
+        if EMULATED:
+            q0, q1, q2, q3 = _emulated_lookup(words, table_ptr)
+        else:
+            q0, q1, q2, q3 = _lookup(words, constants, x.dtype)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
         weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
-        if table_ptr is None:
-            return accumulator + tl.dot(weights, x) * scale
-        else:
+        if EMULATED:
             return accumulator + tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
+        else:
+            return accumulator + tl.dot(weights, x) * scale
 
     @triton.jit
-    def _scaled_block_dot(words, table_ptr, x_pointers, scales, accumulator, WHICH: tl.constexpr):
+    def _scaled_block_dot(
+        words, table_ptr, constants, x_pointers, scales, accumulator, WHICH: tl.constexpr, EMULATED: tl.constexpr
+    ):
         """accumulator + (words times one of the pair of float16 in scales, rounded to float16) times x."""
         x = tl.load(x_pointers)
         scales = scales[:, None]
-        if table_ptr is None:  # two words a register, and two registers of the same scales
+        if EMULATED:
+            q0, q1, q2, q3 = _emulated_lookup(words, table_ptr)
+        else:  # two words a register, and two registers of the same scales
+            c0, c1, c2, c3, c4 = constants
             q0, q1, q2, q3 = tl.inline_asm_elementwise(
-                _PTX_SCALED_1 if WHICH else _PTX_SCALED_0, "=r,=r,=r,=r,r,r,r",
-                [words, tl.broadcast_to(scales, words.shape)],
+                _PTX_SCALED_1 if WHICH else _PTX_SCALED_0, _SCALED_LOOKUP,
+                [words, tl.broadcast_to(scales, words.shape), c0, c1, c2, c3, c4],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
             )  # fmt: skip
-        else:
-            q0, q1, q2, q3 = _emulated_lookup(words, table_ptr)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))
         weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
-        if table_ptr is None:
+        if not EMULATED:
             # The identity keeps the compiler from leaving the product in flight when the loop turns, where the next
             # iteration would write registers that it reads.
             return tl.inline_asm_elementwise(
@@ -739,12 +894,13 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _permute(
+    def _make_x(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
         row, block, column_blocks, programs,
-        WIDTH: tl.constexpr,
+        WIDTH: tl.constexpr, PERMUTED: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e] (or just x), zero in rows that pad; counters
+        to zero.
 
         A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, out is float16 and
         a row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for
@@ -756,8 +912,9 @@ if triton is not None:
             exponent = _exponent(tl.max(tl.abs(x.to(tl.float32)), 0))
             tl.store(row_scale_ptr + row, _power_of_two(exponent - 14))
             x = (x.to(tl.float32) * _power_of_two(268 - exponent)).to(tl.float16)
-        x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
-        tl.store(out_ptr + row.to(tl.int64) * columns + column, tl.reshape(x, (WIDTH,)), mask=inside)
+        if PERMUTED:
+            x = tl.reshape(tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3)), (WIDTH,))
+        tl.store(out_ptr + row.to(tl.int64) * columns + column, x, mask=inside)
         if counters_ptr is not None:
             first = (row * column_blocks + block) * WIDTH
             for start in range(first, counters, programs * WIDTH):
@@ -793,21 +950,28 @@ if triton is not None:
         tl.store(pointers + (slice_index * RANK_TILE + rank)[None, :], tl.sum(accumulator, 0))
 
     @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
-    def _permute_kernel(
+    def _prepare_kernel(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-        WIDTH: tl.constexpr, PDL: tl.constexpr,
+        WIDTH: tl.constexpr, PERMUTED: tl.constexpr, PDL: tl.constexpr, TRIGGER_LATE: tl.constexpr = False,
         a_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None, slices=None, share=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
         EMULATED: tl.constexpr = False,
     ):  # fmt: skip
-        """What the product needs made from x: `_permute` and, by the first programs, an adapter's `_shrink`."""
+        """What the product needs made from x: `_make_x` and, by the first programs, an adapter's `_shrink`.
+
+        TRIGGER_LATE: the product may start once x is there, rather than at once: it reads x before it waits for this
+        kernel."""
         if PDL:
-            gdc_launch_dependents()
+            if not TRIGGER_LATE:
+                gdc_launch_dependents()
             gdc_wait()
+            if TRIGGER_LATE:
+                gdc_launch_dependents()
         if a_ptr is None:
-            _permute(
+            _make_x(
                 x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                 tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * tl.num_programs(1), WIDTH,
+                PERMUTED,
             )  # fmt: skip
         else:
             program = tl.program_id(0)
@@ -816,14 +980,14 @@ if triton is not None:
                     x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share,
                     program, RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
                 )  # fmt: skip
-            else:
+            elif out_ptr is not None:
                 program -= shrink_programs
                 column_blocks = tl.cdiv(columns, WIDTH)
-                _permute(
+                _make_x(
                     x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                     program // column_blocks, program % column_blocks, column_blocks,
                     tl.num_programs(0) - shrink_programs,
-                    WIDTH,
+                    WIDTH, PERMUTED,
                 )  # fmt: skip
 
     @triton.jit
@@ -858,12 +1022,12 @@ if triton is not None:
         return b, s.to(DTYPE)
 
     @triton.jit
-    def _expand(y, b, s, table_ptr):
+    def _expand(y, b, s, EMULATED: tl.constexpr):
         """y + B s^T, [N_TILE, ROW_TILE] float32."""
-        if table_ptr is None:
-            return tl.dot(b, s, y)
-        else:
+        if EMULATED:
             return tl.dot(b.to(tl.float32), s.to(tl.float32), y, input_precision="ieee")
+        else:
+            return tl.dot(b, s, y)
 
     @triton.jit(  # one program for every batch size, and for every product of a model
         do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
@@ -873,7 +1037,7 @@ if triton is not None:
         counters_ptr, row_scale_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
-        WIDE: tl.constexpr, PDL: tl.constexpr,
+        WIDE: tl.constexpr, PDL: tl.constexpr, EMULATED: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
@@ -921,6 +1085,7 @@ if triton is not None:
             )  # fmt: skip
         if PDL:
             gdc_wait()  # only now: what was read so far is frozen
+        constants = _load_constants(table_ptr, EMULATED)
         WORDS: tl.constexpr = 16 * GROUP if WIDE else 16
         words_pointers = words_rows + tl.arange(0, WORDS)[None, :]
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
@@ -959,17 +1124,21 @@ if triton is not None:
                     w2 = tl.load(words_group + 32)
                     w3 = tl.load(words_group + 48)
             if SCALED:
-                accumulator = _scaled_block_dot(w0, table_ptr, x_group, s01, accumulator, 0)
-                accumulator = _scaled_block_dot(w1, table_ptr, x_group + 64, s01, accumulator, 1)
+                accumulator = _scaled_block_dot(w0, table_ptr, constants, x_group, s01, accumulator, 0, EMULATED)
+                accumulator = _scaled_block_dot(w1, table_ptr, constants, x_group + 64, s01, accumulator, 1, EMULATED)
                 if GROUP == 4:
-                    accumulator = _scaled_block_dot(w2, table_ptr, x_group + 128, s23, accumulator, 0)
-                    accumulator = _scaled_block_dot(w3, table_ptr, x_group + 192, s23, accumulator, 1)
+                    accumulator = _scaled_block_dot(
+                        w2, table_ptr, constants, x_group + 128, s23, accumulator, 0, EMULATED
+                    )
+                    accumulator = _scaled_block_dot(
+                        w3, table_ptr, constants, x_group + 192, s23, accumulator, 1, EMULATED
+                    )
             else:
-                accumulator = _block_dot(w0, table_ptr, x_group, s0, accumulator)
-                accumulator = _block_dot(w1, table_ptr, x_group + 64, s1, accumulator)
+                accumulator = _block_dot(w0, table_ptr, constants, x_group, s0, accumulator, EMULATED)
+                accumulator = _block_dot(w1, table_ptr, constants, x_group + 64, s1, accumulator, EMULATED)
                 if GROUP == 4:
-                    accumulator = _block_dot(w2, table_ptr, x_group + 128, s2, accumulator)
-                    accumulator = _block_dot(w3, table_ptr, x_group + 192, s3, accumulator)
+                    accumulator = _block_dot(w2, table_ptr, constants, x_group + 128, s2, accumulator, EMULATED)
+                    accumulator = _block_dot(w3, table_ptr, constants, x_group + 192, s3, accumulator, EMULATED)
 
         last_one = True
         SUMS: tl.constexpr = min(8, max(1, 128 // ROW_TILE)) if N_TILE <= 64 else 1
@@ -1002,16 +1171,228 @@ if triton is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
             if b_ptr is not None:
                 y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
-                y = _expand(y, b, s, table_ptr)
+                y = _expand(y, b, s, EMULATED)
                 for low in tl.static_range(PART, RANK_TILE, PART):
                     b, s = _adapter_operands(
                         b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
                         low, y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
                     )  # fmt: skip
-                    y = _expand(y, b, s, table_ptr)
+                    y = _expand(y, b, s, EMULATED)
             column = n_start + tl.arange(0, N_TILE)
             inside = (row < rows)[None, :] & (column < N)[:, None]
             tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _spread(scale, BLOCK: tl.constexpr, EMULATED: tl.constexpr):
+        """[lanes] of lane BLOCK of each four."""
+        if EMULATED:
+            fours = tl.reshape(scale, (scale.shape[0] // 4, 4))
+            one = tl.sum(tl.where(tl.arange(0, 4)[None, :] == BLOCK, fours, 0.0), 1)
+            return tl.reshape(tl.broadcast_to(one[:, None], fours.shape), scale.shape)
+        else:
+            low: tl.constexpr = _SPREAD_0 if BLOCK == 0 else _SPREAD_1
+            high: tl.constexpr = _SPREAD_2 if BLOCK == 2 else _SPREAD_3
+            PTX: tl.constexpr = low if BLOCK < 2 else high
+            return tl.inline_asm_elementwise(PTX, "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def _fence(value, EMULATED: tl.constexpr):
+        """value; loads before stay before: the compiler would issue them where they are needed, too late."""
+        if EMULATED:
+            return value
+        else:
+            return tl.inline_asm_elementwise(
+                "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+    @triton.jit
+    def _x_words(pointers):
+        """64 bits each of a lane's 16 values."""
+        words = pointers.to(tl.pointer_type(tl.int64), bitcast=True)[:, None] + tl.arange(0, 2)[None, :]
+        x0, x1 = tl.split(tl.load(words))
+        x2, x3 = tl.split(tl.load(words + 2))
+        return x0, x1, x2, x3
+
+    @triton.jit
+    def _emulated_block(codes, x_pointers, table_ptr, WARPS: tl.constexpr):
+        """What `block_ptx` makes of eight rows of W and eight of x: two of the four sums."""
+        k = tl.arange(0, 16)
+        w = tl.load(table_ptr + ((codes[:, None] >> (4 * (k ^ 1))[None, :]) & 15))
+        x = tl.load(x_pointers[:, None] + k[None, :]).to(tl.float32)
+        w = tl.reshape(w, (WARPS, 8, 1, 64))
+        x = tl.reshape(x, (WARPS, 1, 8, 64))
+        sums = tl.reshape(tl.sum(w * x, 3), (WARPS * 32, 2))
+        return tl.split(sums)
+
+    @triton.jit
+    def _block(
+        codes_g, codes_h, x_pointers, x_step, table_ptr, constants,
+        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr,
+    ):  # fmt: skip
+        """The sums of a block for 8 or 16 rows of x, each four [lanes]."""
+        if EMULATED:
+            d0, d1 = _emulated_block(codes_g, x_pointers, table_ptr, WARPS)
+            d2, d3 = _emulated_block(codes_h, x_pointers, table_ptr, WARPS)
+            if COLUMNS == 2:
+                d4, d5 = _emulated_block(codes_g, x_pointers + x_step, table_ptr, WARPS)
+                d6, d7 = _emulated_block(codes_h, x_pointers + x_step, table_ptr, WARPS)
+                return d0, d1, d2, d3, d4, d5, d6, d7
+            else:
+                return d0, d1, d2, d3, d0, d1, d2, d3
+        else:
+            BF16: tl.constexpr = x_pointers.dtype.element_ty == tl.bfloat16
+            x0, x1, x2, x3 = _x_words(x_pointers)
+            c0, c1, c2, c3, c4 = constants
+            if COLUMNS == 2:
+                x4, x5, x6, x7 = _x_words(x_pointers + x_step)
+                return tl.inline_asm_elementwise(
+                    _BLOCK_BF16_2 if BF16 else _BLOCK_FP16_2, _OPERANDS_2,
+                    [codes_g, codes_h, x0, x1, x2, x3, x4, x5, x6, x7, c0, c1, c2, c3, c4],
+                    dtype=(
+                        tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32
+                    ),
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                d0, d1, d2, d3 = tl.inline_asm_elementwise(
+                    _BLOCK_BF16_1 if BF16 else _BLOCK_FP16_1, _OPERANDS_1,
+                    [codes_g, codes_h, x0, x1, x2, x3, c0, c1, c2, c3, c4],
+                    dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+                return d0, d1, d2, d3, d0, d1, d2, d3
+
+    @triton.jit
+    def _codes(pointers):
+        """A lane's codes of four blocks, 64 bits each; they do not displace x in the L1 cache."""
+        return (
+            tl.load(pointers, cache_modifier=".cg"), tl.load(pointers + 4, cache_modifier=".cg"),
+            tl.load(pointers + 8, cache_modifier=".cg"), tl.load(pointers + 12, cache_modifier=".cg"),
+        )  # fmt: skip
+
+    @triton.jit
+    def _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, NESTED: tl.constexpr):
+        """What `_scale` needs of block from memory."""
+        absmax = tl.load(absmax_ptr + block)
+        if NESTED:
+            outer = block // 256
+            return absmax, tl.load(outer_ptr + outer), tl.load(offset_ptr + outer * offset_stride)
+        else:
+            return absmax, absmax, absmax
+
+    @triton.jit
+    def _scale(raw, code_ptr, NESTED: tl.constexpr):
+        """absmax, fp32."""
+        absmax, outer, offset = raw
+        if NESTED:
+            return tl.load(code_ptr + absmax) * outer + offset
+        else:
+            return absmax.to(tl.float32)
+
+    @triton.jit
+    def _tile_of(s0, s1, s2, s3, WARPS: tl.constexpr):
+        """C fragments of each warp, summed over the warps: [16, 8]."""
+        tile = tl.reshape(tl.join(tl.join(s0, s1), tl.join(s2, s3)), (WARPS, 8, 4, 2, 2))  # g, t, column, row
+        return tl.sum(tl.reshape(tl.permute(tile, (0, 4, 1, 2, 3)), (WARPS, 16, 8)), 0)
+
+    @triton.jit(do_not_specialize=["rows", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"])
+    def _few_rows_kernel(
+        x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, table_ptr,
+        rows, row_stride, N, K, factor,
+        NESTED: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr, WAIT_FIRST: tl.constexpr,
+        EMULATED: tl.constexpr,
+        b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
+        RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
+    ):  # fmt: skip
+        """16 columns of y, for up to 8 * COLUMNS rows. Each warp has four blocks of 64 along k at a time, WARPS warps
+        take turns, and meet only to add their sums."""
+        if PDL:
+            gdc_launch_dependents()
+        thread = tl.arange(0, 32 * WARPS)
+        warp = thread // 32
+        g = thread % 32 // 4
+        t = thread % 4
+        n_start = tl.program_id(0) * 16
+        n_g = tl.minimum(n_start + g, N - 1)  # rows beyond N repeat the last and are not stored
+        n_h = tl.minimum(n_start + g + 8, N - 1)
+        steps = K // 256
+        turns = tl.cdiv(steps, WARPS)
+        codes = words_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        codes_g = codes + n_g.to(tl.int64) * (K // 16) + t
+        codes_h = codes + n_h.to(tl.int64) * (K // 16) + t
+        block_g = n_g * (K // 64) + t
+        block_h = n_h * (K // 64) + t
+
+        step = tl.minimum(warp, steps - 1)
+        next_g = _codes(codes_g + step * 16)
+        next_h = _codes(codes_h + step * 16)
+        raw_g = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_g + step * 4, NESTED)
+        raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
+        if PDL and b_ptr is not None:
+            rank = tl.arange(0, RANK_TILE // 16) * 16  # sectors of 32 bytes
+            n = tl.minimum(n_start + tl.arange(0, 16), N - 1)
+            _prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + tl.minimum(rank, RANK - 1)[None, :])
+        # A warp whose turns are over, or that has none, counts its last blocks no more.
+        scale_g = tl.where(warp < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
+        scale_h = tl.where(warp < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
+        if PDL and WAIT_FIRST:
+            gdc_wait()  # only now: what was read so far is frozen
+
+        # Rows of x beyond the last repeat it: their sums are columns of the tile that are not stored.
+        x_row = tl.minimum(g, rows - 1)
+        x_g = x_ptr + x_row.to(tl.int64) * row_stride + t * 16
+        x_step = (tl.minimum(g + 8, rows - 1) - x_row) * row_stride
+        constants = _load_constants(table_ptr, EMULATED)
+        s0 = tl.zeros((32 * WARPS,), tl.float32)
+        s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
+        for _ in range(turns):
+            now_g, now_h, own_g, own_h = next_g, next_h, scale_g, scale_h
+            x_now = x_g + step * 256
+            following = step + WARPS
+            step = tl.minimum(following, steps - 1)
+            next_g = _codes(codes_g + step * 16)
+            next_h = _codes(codes_h + step * 16)
+            raw_g = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_g + step * 4, NESTED)
+            raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
+            step = _fence(step, EMULATED)
+            for i in tl.static_range(4):
+                d0, d1, d2, d3, d4, d5, d6, d7 = _block(
+                    now_g[i], now_h[i], x_now + i * 64, x_step, table_ptr, constants, COLUMNS, WARPS, EMULATED
+                )
+                f_g = _spread(own_g, i, EMULATED)
+                f_h = _spread(own_h, i, EMULATED)
+                s0 += d0 * f_g
+                s1 += d1 * f_g
+                s2 += d2 * f_h
+                s3 += d3 * f_h
+                if COLUMNS == 2:
+                    s4 += d4 * f_g
+                    s5 += d5 * f_g
+                    s6 += d6 * f_h
+                    s7 += d7 * f_h
+            scale_g = tl.where(following < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
+            scale_h = tl.where(following < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
+
+        y = _tile_of(s0, s1, s2, s3, WARPS)
+        if COLUMNS == 2:
+            y = tl.reshape(tl.permute(tl.join(y, _tile_of(s4, s5, s6, s7, WARPS)), (0, 2, 1)), (16, 16))
+        if PDL and not WAIT_FIRST:
+            gdc_wait()
+        n = tl.minimum(n_start + tl.arange(0, 16), N - 1)
+        row = tl.arange(0, 8 * COLUMNS)
+        y = y * factor
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+        if b_ptr is not None:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
+            for low in tl.static_range(0, RANK_TILE, 16):
+                b, s = _adapter_operands(
+                    b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
+                    low, y_ptr.dtype.element_ty, RANK, RANK_TILE, 16,
+                )  # fmt: skip
+                y = _expand(y, b, s, EMULATED)
+        column = n_start + tl.arange(0, 16)
+        inside = (row < rows)[None, :] & (column < N)[:, None]
+        tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["blocks", "row_start", "start"])
     def _dequantise_kernel(
@@ -1026,7 +1407,13 @@ if triton is not None:
         source = tl.where(inside, source, 0)
         words = tl.load(words_ptr + source[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
         scales = _scales(absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, source, source // 256, NESTED)
-        q0, q1, q2, q3 = _lookup(words, table_ptr, tl.float32)
+        if table_ptr is None:
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _PTX_FP32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            q0, q1, q2, q3 = _emulated_lookup(words, table_ptr)
         values = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [BLOCKS, 2 p + e, i // 2, i % 2]
         values = tl.permute(tl.reshape(values, (BLOCKS, 8, 2, 4)), (0, 1, 3, 2))
         values = tl.reshape(values, (BLOCKS, 64)) * scales[:, None]
