@@ -17,14 +17,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from torch.autograd import DeviceType
+from train import profiled, train_step
 
-from grpo.advantages import group_advantages
-from grpo.batch import micro_batches
-from grpo.logprobs import completion_logps
 from grpo.memory import GIB
 from grpo.models import load_policy, trainable_parameters
-from grpo.objective import Objective, policy_loss
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.torch_engine import dequantized
 from grpo_rollout.vllm_engine import VLLMEngine
@@ -100,15 +96,6 @@ def timed(run, repeats: int) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def busy(events) -> float:
-    """Milliseconds in which at least one kernel ran: those that start before the one ahead has ended overlap it."""
-    total = end = 0.0
-    for e in sorted((e for e in events if e.device_type == DeviceType.CUDA), key=lambda e: e.time_range.start):
-        total += max(0.0, e.time_range.end - max(end, e.time_range.start))
-        end = max(end, e.time_range.end)
-    return total / 1e3
 
 
 @contextlib.contextmanager
@@ -242,26 +229,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=5e-6)
 
     def train(sampled: list[Completion]) -> float:
-        """Mean |logp trainer - logp sampler|."""
-        advantages = group_advantages(torch.rand(args.group_size), args.group_size)
-        ids = [c.token_ids for c in sampled]
-        micros = micro_batches(
-            [prompt] * len(ids), ids, [c.logps for c in sampled], advantages,
-            max_tokens=args.micro_batch_tokens, pad_id=0, device="cuda",
-        )  # fmt: skip
-        gap = 0.0
-        for micro in micros:
-            new, _ = completion_logps(model, micro)
-            loss, _ = policy_loss(
-                new, None, micro.advantages, micro.mask, Objective(), sampler_logps=micro.sampler_logps,
-                token_count=sum(map(len, ids)), sequence_count=len(ids), max_completion_length=args.completion_tokens,
-            )  # fmt: skip
-            loss.backward()
-            gap += float(((new.detach() - micro.sampler_logps).abs() * micro.mask).sum())
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        return gap / sum(map(len, ids))
+        return train_step(model, optimizer, prompt, sampled, micro_batch_tokens=args.micro_batch_tokens)
 
     with stage("steps"):
         for step in range(args.steps):
@@ -291,17 +259,7 @@ def main(args: Args) -> None:
             ("train", lambda: train(completions)),
         )[: 2 if args.steps else 1]:
             with stage(f"profile of {what}"):
-                begin = time.perf_counter()
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                    run()
-                    torch.cuda.synchronize()
-                    wall = time.perf_counter() - begin
-                kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
-                total = sum(e.self_device_time_total for e in kernels) / 1e3
-                print(f"{what}: {total:.1f} ms of kernels; {1e3 * wall:.1f} ms, {busy(profiler.events()):.1f} not idle")
-                print("ms, calls, kernel")
-                for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
-                    print(f"{e.self_device_time_total / 1e3:9.2f}{e.count:7}  {e.key[:110]}")
+                profiled(what, run, 30)
         engine.sync(model)  # it has trained once more
         completions = engine.generate([prompt], args.group_size, sampling, seed=99)
 
