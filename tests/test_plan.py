@@ -88,17 +88,20 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
     assert made.engine_gb < gigabytes
 
 
-def test_layers_inputs_go_to_the_host_only_where_they_must():
+def test_layers_inputs_go_to_the_host_where_they_must_or_where_it_pays():
     long = {"max_completion_tokens": 20_224, "sequences": 1}
     limits = [plan("llama31_8b", gpu_memory_gb=g, **long).offload for g in (24, 20, 16)]
     assert limits == [False, False, True]
     with pytest.raises(ValueError, match=r"needs .* GiB \(CUDA context .* weights, 4 bit 3.35.*raise --gpu-memory-gb"):
         plan("llama31_8b", gpu_memory_gb=12, kv_cache_dtype="fp8", **long)
+    # Two micro-batches of 4096 tokens rather than four of 2048, for which the card would wait for the host.
+    short = [plan("llama31_8b", gpu_memory_gb=g, max_completion_tokens=768, sequences=8) for g in (9, 9.31, 12)]
+    assert [(made.micro_batch_tokens, made.offload) for made in short] == [(3072, True), (4096, True), (4096, False)]
 
 
 def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
     plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (12, 10, 9)]
-    assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 2
+    assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 3
     assert plans[0].sequences == 32 > plans[2].sequences
 
 
@@ -114,7 +117,7 @@ def test_what_memory_is_left_keeps_layers_from_being_computed_twice():
         assert "kept activations" in made.train
         assert f"and of {made.kept_layers} their activations" in describe(made)
     # Two of three forward and backward passes are left.
-    assert plans[-1].train_seconds == pytest.approx(plans[0].train_seconds * 2 / 3)
+    assert plans[-1].train_seconds == pytest.approx(plans[0].train_seconds * 2 / 3, rel=0.03)
     assert plan("llama31_8b").kept_layers == 0  # on a CPU nobody knows what is left
     other = type(BIG["llama31_8b"])(**BIG["llama31_8b"].to_dict() | {"model_type": "llama"})
     other.model_type = "another"

@@ -19,10 +19,12 @@ FRAGMENT_BYTES = GIB // 4
 """what PyTorch's allocator holds back in pieces too small to use"""
 LONGEST_MICRO_BATCH = 16_384
 """tokens; larger micro-batches are no faster"""
-SHORTEST_MICRO_BATCH = 4096
-"""tokens; none is made smaller than this for the sake of kept activations: the host would be too slow for it"""
 DEQUANTISE_TOKENS = 300
 """how many tokens' products take as long as dequantising the weights once, as each pass of a micro-batch does"""
+HOST_TOKENS = 4096
+"""how many tokens' kernels take as long as the host takes to launch a pass: shorter micro-batches wait for it"""
+OFFLOAD_COST = 1.05
+"""how much longer a micro-batch takes whose layers' inputs travel to the host's memory and back"""
 SPARE = 0.05
 """of the limit: what kept activations leave free, since no run fails for want of them"""
 DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.86e12, 2.5e12, 3.4e14
@@ -86,8 +88,9 @@ def make_plan(
     config, modules: of `grpo.models.check_policy`. sequences: sampled in a step by this process.
     adapter: a trained adapter that is trained further: its rank and layers count, not `lora_rank` and `modules`.
     micro_batch_tokens: None takes what fits, at most 16,384. gpu_memory_gb: GiB of the card for the whole process, as
-    nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where a
-    micro-batch of one longest sequence would not fit else. Where memory is left, layers keep their activations.
+    nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where no
+    micro-batch would fit else, or one large enough to keep the card busy. Where memory is left, layers keep their
+    activations.
     Raises ValueError, with the memory by part and naming the flags, where nothing fits."""
     if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
@@ -134,20 +137,23 @@ def make_plan(
     rows = [micro_batch_tokens] if micro_batch_tokens else [n * longest for n in _rows(longest, sequences)]
     known = limit is not None and config.get_text_config().model_type in MODEL_TYPES
 
-    def layers_kept(tokens: int) -> int:
+    def layers_kept(tokens: int, offload: bool) -> int:
         spare = left - work(tokens, False) - int(SPARE * room)
-        return min(model.layers, max(0, spare) // kept_bytes(model, tokens=max(tokens, longest))) if known else 0
+        if offload or not known:
+            return 0
+        return min(model.layers, max(0, spare) // kept_bytes(model, tokens=max(tokens, longest)))
 
-    def cost(tokens: int) -> float:
-        """Of a token: a forward pass, a second one where it is not kept, a backward pass."""
-        return (3 - layers_kept(tokens) / model.layers) * (1 + DEQUANTISE_TOKENS / tokens)
+    def cost(way: tuple[int, bool]) -> float:
+        """Of a step of longest sequences: forward passes, second ones where they are not kept, backward passes."""
+        tokens, offload = way
+        micros = -(-sequences // max(1, tokens // longest))
+        busy = max(sequences * longest + micros * DEQUANTISE_TOKENS, micros * HOST_TOKENS)
+        return (3 - layers_kept(tokens, offload) / model.layers) * busy * (OFFLOAD_COST if offload else 1)
 
-    fitting = [tokens for tokens in rows if work(tokens, False) <= left]
-    offload = not fitting
-    full = min(SHORTEST_MICRO_BATCH, max(fitting, default=0))
-    tokens = rows[-1] if offload else min((t for t in fitting if t >= full), key=cost)
-    kept = 0 if offload else layers_kept(tokens)
-    if offload and work(tokens, True) > left:
+    ways = [(tokens, offload) for tokens in rows for offload in (False, True) if work(tokens, offload) <= left]
+    tokens, offload = min(ways, key=cost, default=(rows[-1], True))
+    kept = layers_kept(tokens, offload)
+    if not ways:
         need = sum(resident.values()) + work(tokens, True) + FRAGMENT_BYTES
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in resident.items())
         raise ValueError(
@@ -160,7 +166,7 @@ def make_plan(
         train["kept activations"] = kept * kept_bytes(model, tokens=max(tokens, longest))
     generate_seconds = _forecast(model, size, sequences, engine.max_num_seqs, max_prompt_tokens, max_completion_tokens)
     # Frozen weights need no gradient of their own.
-    train_seconds = sequences * longest * 2 * size.parameters * (3 - kept / model.layers) / TRAIN_FLOPS
+    train_seconds = cost((tokens, offload)) * 2 * size.parameters / TRAIN_FLOPS
     return Plan(
         limit,
         resident,
