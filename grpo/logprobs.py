@@ -11,6 +11,7 @@ from torch import nn
 from grpo.batch import MicroBatch
 from grpo.distributed import World
 from grpo.objective import Objective, entropy_threshold
+from grpo.recompute import inputs_on_host
 from grpo_kernels.linear_logprob import linear_logprob
 
 
@@ -26,7 +27,7 @@ def last_hidden(model: nn.Module, ids: torch.Tensor, *, offload: bool = False, *
     offload: what is kept for the backward pass waits in the host's pinned memory. Under gradient checkpointing that
     is each layer's input."""
     backbone = causal_lm(model).base_model
-    kept = torch.autograd.graph.save_on_cpu(pin_memory=ids.is_cuda) if offload else contextlib.nullcontext()
+    kept = inputs_on_host(backbone, ids.device) if offload else contextlib.nullcontext()
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"), kept:
         return backbone(input_ids=ids, **inputs)
 

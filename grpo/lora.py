@@ -1,6 +1,8 @@
 """The trainer's linear layers, NF4 weight and LoRA adapter in one step, in place of PEFT's forward pass."""
 
+import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -34,7 +36,7 @@ def fuse_adapters(model: PeftModel) -> int:
         )
     layers = [m for m in model.modules() if type(m) is Linear4bit and _is_nf4(m.get_base_layer())]
     for layer in layers:
-        layer.__class__ = _FusedLinear4bit
+        layer.__class__ = FusedLinear4bit
     return len(layers)
 
 
@@ -49,8 +51,20 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and not torch.version.hip
 
 
-class _FusedLinear4bit(Linear4bit):
+class FusedLinear4bit(Linear4bit):
     """Not a `forward` of the instance's own: that would be a cycle, and keep the weights after the model."""
+
+    result_is_read = True
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within it the result's values are anything, and its gradients what they always are: for a second forward
+        pass, whose last product no one reads."""
+        self.result_is_read = False
+        try:
+            yield
+        finally:
+            self.result_is_read = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name: Any = self.active_adapters[0] if len(self.active_adapters) == 1 else None
@@ -70,10 +84,10 @@ class _FusedLinear4bit(Linear4bit):
             usual = False
         if not usual:
             return super().forward(x, *args, **kwargs)
-        product = _read_once if decoding else _LoraLinear.apply
         a: Any = self.lora_A[name].weight
         b: Any = self.lora_B[name].weight
-        y = product(flat, a, b, self.scaling[name], base)
+        operands = (flat, a, b, self.scaling[name], base)
+        y = _read_once(*operands) if decoding else _LoraLinear.apply(*operands, self.result_is_read)
         return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
@@ -91,13 +105,17 @@ def _operands(a: Tensor, b: Tensor, scaling: float, base: Any, dtype: torch.dtyp
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x: [tokens, in], a: [rank, in], b: [out, rank]; products in x's dtype, gradients of a and b in theirs."""
+    """x: [tokens, in], a: [rank, in], b: [out, rank]; products in x's dtype, gradients of a and b in theirs.
+    read: whether the result's values matter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any, read: bool) -> Tensor:
         low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
         shrunk = x @ low.T
-        y = nn.functional.linear(x, _weight(base, x.dtype), bias).addmm_(shrunk, scaled.T)
+        if read:
+            y = nn.functional.linear(x, _weight(base, x.dtype), bias).addmm_(shrunk, scaled.T)
+        else:
+            y = x.new_empty(len(x), len(b))
         ctx.save_for_backward(x, shrunk, low, scaled)
         ctx.scaling, ctx.base, ctx.dtypes = scaling, base, (a.dtype, b.dtype)
         return y
@@ -113,7 +131,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_a = _product(grad_shrunk.T, x, ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
             grad_b = _product(grad.T, shrunk, ctx.dtypes[1]).mul_(ctx.scaling)
-        return grad_x, grad_a, grad_b, None, None
+        return grad_x, grad_a, grad_b, None, None, None
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

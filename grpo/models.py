@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.cli import names_a_path
 from grpo.layers import fuse_layers
+from grpo.recompute import recompute_layers
 
 REFERENCE = "reference"
 """the name of the frozen second adapter that a continued run measures its KL against"""
@@ -196,7 +197,8 @@ def load_policy(
     of it then is the reference policy (its rank, alpha and targets count).
     kept_layers: under gradient checkpointing, how many layers (the last ones, whose memory is free again first) keep
     their activations nevertheless, which saves their second forward pass (`grpo.memory.kept_bytes` each).
-    fused: take over norms, gated MLPs and adapted 4-bit layers in fewer passes over memory (`grpo.layers`).
+    fused: take over norms, gated MLPs and adapted 4-bit layers in fewer passes over memory (`grpo.layers`), and
+    checkpointed layers' second forward pass (`grpo.recompute`).
     seed: of the adapter's initial A (B is 0, so the policy starts as the base model).
     Raises ValueError, before weights are read, for a model, target or adapter that does not exist."""
     folder, config, modules = check_policy(model, lora_rank=lora_rank, lora_targets=lora_targets, adapter=adapter)
@@ -260,6 +262,7 @@ def load_policy(
             module.p = 0.0
     if fused:
         fuse_layers(policy)
+        recompute_layers(policy)
     policy.train()
     return policy
 
