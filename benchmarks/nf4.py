@@ -269,7 +269,7 @@ def candidates(rows: int) -> list[nf4.Tiles]:
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
     if rows <= nf4.FEW_ROWS_TILE:
         few = [T(16, 8 if rows <= 8 else 16, 1, warps, 1) for warps in (2, 4, 8, 16)]
-        few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (64, 80)]
+        few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (80, 96)]
         return list(dict.fromkeys([first, *few, T(64, 16, 1, 4, 2, wide=False)]))
     if rows <= 32:
         height = 32
