@@ -92,7 +92,7 @@ for tiles, adapter in itertools.product(chosen, (False, True)):
     used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
 
-def compile_few_rows(rows, n, nested, dtype, rank, wait_first):
+def compile_few_rows(rows, n, nested, dtype, rank, gated):
     tiles = nf4_linear.choose_tiles(rows, n, 4096, 132)
     pointers = {"x": dtype, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
@@ -100,7 +100,7 @@ def compile_few_rows(rows, n, nested, dtype, rank, wait_first):
     integers = "offset_stride rows row_stride N K"
     integers += " shrunk_rows shrink_splits slices first_end second_end" if rank else ""
     choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
-    choices |= {"WAIT_FIRST": wait_first} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
+    choices |= {"GATED": gated} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
     known = types(pointers, integers, "factor")
     compile(nf4_linear._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
     return tiles
@@ -110,15 +110,13 @@ few |= {compile_few_rows(16, 1024, False, "bf16", 64, True), compile_few_rows(16
 assert len(few) == 4
 
 adapters = ((None, None), (12, 16), (16, 32), (64, 16))
-for made, gated, (rank, height) in itertools.product(("bf16", "fp16", "natural", None), (False, True), adapters):
+for made, gated, (rank, height) in itertools.product(("bf16", "fp16", None), (False, True), adapters):
     if made is None and (gated or not rank):
         continue  # nothing to do
     scaled = made == "fp16"
-    pointers = {"x": "bf16"} | ({"out": made.replace("natural", "bf16")} if made else {})
-    pointers |= {"counters": "i32"} if made in ("bf16", "fp16") else {}
+    pointers = {"x": "bf16"} | ({"out": made, "counters": "i32"} if made else {})
     pointers |= {"row_scale": "fp32"} if scaled else {}
     integers, choices = "row_stride stride rows columns counters", {"WIDTH": 16384 if scaled else 1024}
-    choices |= {"PERMUTED": made in ("bf16", "fp16"), "TRIGGER_LATE": made is None}
     integers += " up_offset" * gated
     if rank:
         pointers |= {"a": "bf16", "shrunk": "fp32"}

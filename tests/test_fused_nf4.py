@@ -33,8 +33,9 @@ def test_the_kernels_agree_with_bitsandbytes(weights):
 def test_the_kernels_agree_with_an_adapter_too(weights, monkeypatch):
     """Added within `nf4_linear`, under the interpreter, or by two products; and one that is lost is noticed."""
     monkeypatch.setattr(nf4, "nf4_linear", functools.partial(nf4.nf4_linear, backend="fused"))
-    gated = nf4.with_adapter(8, gated=True)
-    assert nf4.disagreement(*gated, weights, (1, 17), torch.float16, gated=True) is None
+    for gated in ("x", "y"):
+        both = nf4.with_adapter(8, gated=gated)
+        assert nf4.disagreement(*both, weights, (1, 17), torch.float16, gated=gated) is None
     tried, reference = nf4.with_adapter(8)
     assert nf4.disagreement(tried, reference, weights, (1, 17), torch.float16) is None
     assert "values differ" in nf4.disagreement(nf4.fused, reference, weights, (1, 17), torch.float16)

@@ -239,7 +239,7 @@ def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
     spaced = torch.full((2, 3, 1100), float("nan"), dtype=dtype)
     spaced[..., 3:1027:2] = both.view(2, 3, 512)
     with poisoned_memory():
-        actual = nf4_linear(spaced[..., 3:1027:2], packed, absmax, (200, 256), lora=lora, gated=True, backend=backend)
+        actual = nf4_linear(spaced[..., 3:1027:2], packed, absmax, (200, 256), lora=lora, gated="x", backend=backend)
     assert actual.shape == (2, 3, 200)
     assert relative_error(actual.view(6, 200), exact) < (1.5e-2 if scaled else 1e-3)
     if backend == "fused" and rank != 80:  # to the bit what the two would be apart
@@ -248,17 +248,54 @@ def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
         assert torch.equal(actual.view(6, 200), plain)
 
 
-def test_gate_and_up_have_a_gradient():
+@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize(("n", "rows", "rank", "ends"), [
+    (200, 6, None, ()), (200, 6, 16, (100, 200)), (208, 16, 8, (208,)), (224, 9, 48, (112, 224)),
+    (208, 6, 16, (64, 208)), (224, 6, 80, (112, 224)), (192, 40, 16, (96, 192)),
+], ids=str)  # fmt: skip
+def test_gated_result(n, rows, rank, ends, backend):
+    """Of silu(gate) * up of the columns that come out: with slices of its own for each half, one for both, and others,
+    which it cannot make in passing."""
+    x, packed, absmax, _ = problem(n, 512, rows)
+    lora, bias = None if rank is None else adapter(512, rank, ends), torch.randn(n).half()
+    gate, up = exact_product(x, packed, absmax, (n, 512), bias, lora).chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up
+    with poisoned_memory():
+        actual = nf4_linear(x, packed, absmax, (n, 512), bias, lora=lora, gated="y", backend=backend)
+    assert actual.shape == (rows, n // 2)
+    assert relative_error(actual, exact) < 2e-3
+    apart = nf4_linear(x, packed, absmax, (n, 512), bias, lora=lora, backend=backend)  # the sigmoid's last bit
+    assert relative_error(actual, swiglu(*apart.chunk(2, -1))) < 1e-4
+    assert nf4_linear(x[:0], packed, absmax, (n, 512), bias, lora=lora, gated="y", backend=backend).shape == (0, n // 2)
+
+
+def test_gated_result_in_passing(monkeypatch):
+    """Of few rows no other kernel makes it, but where the adapter's slices are not gate and up."""
+    x, packed, absmax, _ = problem(224, 512, 6)
+    made = []
+    monkeypatch.setattr(nf4, "swiglu", lambda gate, up: made.append(gate.shape) or swiglu(gate, up))
+    for lora in (None, adapter(512, 16, (112, 224)), adapter(512, 16, (224,))):
+        nf4_linear(x, packed, absmax, (224, 512), lora=lora, gated="y", backend="fused")
+    assert not made
+    nf4_linear(x, packed, absmax, (224, 512), lora=adapter(512, 16, (64, 224)), gated="y", backend="fused")
+    assert made == [(6, 112)]
+
+
+@pytest.mark.parametrize("gated", ["x", "y"])
+def test_gate_and_up_have_a_gradient(gated):
     _, packed, absmax, _ = problem(96, 256, 6)
-    both = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).half()
+    both = torch.randn(6, 512 if gated == "x" else 256, generator=torch.Generator().manual_seed(1)).half()
     gradients = []
     for x, backend in ((both, "fused"), (both.double(), None)):
         x = x.clone().requires_grad_()
         if backend:
-            y = nf4_linear(x, packed, absmax, (96, 256), gated=True, backend=backend)
-        else:
+            y = nf4_linear(x, packed, absmax, (96, 256), gated=gated, backend=backend)
+        elif gated == "x":
             gate, up = x.chunk(2, -1)
             y = exact_product(torch.nn.functional.silu(gate) * up, packed, absmax, (96, 256))
+        else:
+            gate, up = exact_product(x, packed, absmax, (96, 256)).chunk(2, -1)
+            y = torch.nn.functional.silu(gate) * up
         y.double().sum().backward()
         gradients.append(x.grad)
     assert relative_error(*gradients) < 2e-3
@@ -267,7 +304,12 @@ def test_gate_and_up_have_a_gradient():
 def test_gate_and_up_of_a_wrong_width():
     x, packed, absmax, _ = problem(96, 256, 6)
     with pytest.raises(ValueError, match=r"x is \[6, 256\], must be \[..., 512\] for .* gate and up side by side"):
+        nf4_linear(x, packed, absmax, (96, 256), gated="x")
+    with pytest.raises(ValueError, match="gated is True, must be 'x', 'y' or None"):
         nf4_linear(x, packed, absmax, (96, 256), gated=True)
+    x, packed, absmax, _ = problem(95, 256, 6)
+    with pytest.raises(ValueError, match=r"shape is .* \(95, 256\): gate and up, as gated='y' has them, are an even N"):
+        nf4_linear(x, packed, absmax, (95, 256), gated="y")
 
 
 def test_adapter_of_zeros_changes_no_bit():

@@ -112,7 +112,7 @@ def nf4_linear(
     bias: Tensor | None = None,
     *,
     lora: Lora | None = None,
-    gated: bool = False,
+    gated: Literal["x", "y"] | None = None,
     backend: Literal["fused", "dequantise", "torch"] | None = None,
 ) -> Tensor:
     """x W^T + bias for a frozen NF4 weight, and an adapter's product. Differentiable in x and bias without lora.
@@ -126,13 +126,14 @@ def nf4_linear(
         lora: an adapter (https://arxiv.org/abs/2106.09685) whose product is added; forward only. The fused kernel does
             it in passing up to rank 64, three slices, and slices that end at multiples of its tile of W's rows (64);
             other adapters, and other paths, take two small products a slice in torch.
-        gated: x is [..., 2 K], gate and up side by side, and silu(gate) * up is multiplied (`swiglu`, and rounded as
-            there). The fused kernel makes it in passing where no gradient of x is asked for.
+        gated: "x": x is [..., 2 K], gate and up side by side, and silu(gate) * up is multiplied (`swiglu`, and rounded
+            as there). "y": so are the N columns that come out, and silu(gate) * up of them is returned. Where no
+            gradient is asked for, the fused kernel makes it in passing: of x above 16 rows, of y up to 16.
         backend: None picks by device, dtype and rows: "fused" (Triton; 16-bit x, K a multiple of 256), "dequantise"
             (by a Triton kernel, then the vendor's product) or "torch" (everything in torch).
 
     Returns:
-        [..., N], dtype of x.
+        [..., N], or [..., N / 2] if "y" is gated, dtype of x.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or a gradient is asked for with lora; the message says which.
@@ -147,18 +148,19 @@ def nf4_linear(
         raise ValueError(f"backend {backend!r}: choose 'fused' or 'dequantise' (need Triton), 'torch' or None")
     elif backend == "fused" and (x.dtype == torch.float32 or shape[1] % 256):
         raise ValueError(f"backend 'fused' needs a 16-bit x and K a multiple of 256, not {x.dtype}, K = {shape[1]}")
-    if gated and (backend != "fused" or (torch.is_grad_enabled() and x.requires_grad)):
-        x, gated = swiglu(*x.chunk(2, -1)), False
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias))
+    if gated == "x" and (backend != "fused" or differentiated):
+        x, gated = swiglu(*x.chunk(2, -1)), None
     flat = x.reshape(rows, x.shape[-1])
-    if gated:
-        y = _fused(flat, packed, absmax, shape, bias, lora=lora, gated=True)
-    elif lora is None:
-        y = _NF4Linear.apply(flat, packed, absmax, shape, bias, backend)
-    elif backend == "fused":
-        y = _fused(flat, packed, absmax, shape, bias, lora=lora)
+    if backend == "fused" and not differentiated:
+        y = _fused(flat, packed, absmax, shape, bias, lora=lora, gated=gated)
     else:
-        y = _add_lora(_NF4Linear.apply(flat, packed, absmax, shape, bias, backend), flat, lora)
-    return y.view(*x.shape[:-1], shape[0])
+        y = _NF4Linear.apply(flat, packed, absmax, shape, bias, backend)
+        if lora is not None:
+            y = _add_lora(y, flat, lora)
+        if gated:
+            y = swiglu(*y.chunk(2, -1))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def nf4_linear_reference(
@@ -252,14 +254,18 @@ def _check(
     absmax: Tensor | NestedAbsmax,
     shape: tuple[int, int],
     bias: Tensor | None,
-    gated: bool,
+    gated: Literal["x", "y"] | None,
 ) -> None:
+    if gated not in (None, "x", "y"):
+        raise ValueError(f"gated is {gated!r}, must be 'x', 'y' or None")
     n, k = shape
+    if gated == "y" and n % 2:
+        raise ValueError(f"shape is (N, K) = {tuple(shape)}: gate and up, as gated='y' has them, are an even N")
     if k % BLOCK or not k:
         raise ValueError(f"shape is (N, K) = {tuple(shape)}: K must be a multiple of {BLOCK}; dequantise this weight")
-    columns = 2 * k if gated else k
+    columns = 2 * k if gated == "x" else k
     if x.dim() < 1 or x.shape[-1] != columns:
-        what = f"a weight of shape {tuple(shape)}" + (", gate and up side by side" if gated else "")
+        what = f"a weight of shape {tuple(shape)}" + (", gate and up side by side" if gated == "x" else "")
         raise ValueError(f"x is {list(x.shape)}, must be [..., {columns}] for {what}")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}: cast it to bfloat16, float16 or float32")
@@ -404,7 +410,7 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
 
     scaled: tiles that scale weights before the product; measured at 64 and 256 rows."""
     if rows <= FEW_ROWS_TILE and not scaled:  # more warps share a sum where there are few programs
-        warps = 8 if n // FEW_ROWS_TILE <= 4 * multiprocessors else 4
+        warps = 8 if n // FEW_ROWS_TILE <= 2 * multiprocessors else 4
         return Tiles(FEW_ROWS_TILE, 8 if rows <= 8 else 16, 1, min(warps, 2 ** int(math.log2(k // 256))), 1)
     if scaled and rows > 128:
         tiles, resident = Tiles(128, 256, 1, 8, 3, group=2, scaled=True), 1
@@ -494,32 +500,25 @@ def _few_rows(
     tiles: Tiles,
     lora: Lora | None,
     gated: bool,
-    y: Tensor,
 ) -> Tensor:
-    """`_fused` for up to 16 rows, into y."""
+    """`_fused` for up to 16 rows. gated: of y."""
     n, k = shape
+    y = torch.empty(len(x), n // 2 if gated else n, dtype=x.dtype, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
     registers = {"maxnreg": tiles.registers} if tiles.registers else {}
-    if not gated and (x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16):
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
     shrink, expand = _lora_arguments(x, lora, len(x), 16, shape)
-    if lora is not None or gated:
-        source, made, width = x, None, 1024
-        if gated:
-            x = made = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
-        grid: tuple[int, ...] = (len(x), triton.cdiv(k, width))
-        if lora is not None:
-            grid = (shrink["shrink_programs"] + (grid[0] * grid[1] if gated else 0),)
-        _prepare_kernel[grid](
-            source, made, None, None, source.stride(0), source.stride(1), k * source.stride(1) if gated else None,
-            len(x), k, 0,
-            WIDTH=width, PERMUTED=False, PDL=tiles.pdl, TRIGGER_LATE=not gated, **shrink, num_warps=4, **options,
+    if lora is not None:
+        _prepare_kernel[(shrink["shrink_programs"],)](
+            x, None, None, None, x.stride(0), x.stride(1), None, len(x), k, 0,
+            WIDTH=1024, PDL=tiles.pdl, **shrink, num_warps=4, **options,
         )  # fmt: skip
     _few_rows_kernel[(triton.cdiv(n, tiles.n),)](
         x, packed.view(-1).view(torch.int16), *_scale_arguments(absmax), bias, y, _table(x),
         len(x), x.stride(0), n, k, 1 / TABLE_SCALE[x.dtype],
-        NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, PDL=tiles.pdl,
-        WAIT_FIRST=gated or lora is None, EMULATED=not x.is_cuda, **expand,
+        NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, GATED=gated,
+        PDL=tiles.pdl, EMULATED=not x.is_cuda, **expand,
         num_warps=tiles.warps, num_stages=1, **options, **registers,
     )  # fmt: skip
     return y
@@ -533,24 +532,31 @@ def _fused(
     bias: Tensor | None,
     tiles: Tiles | None = None,
     lora: Lora | None = None,
-    gated: bool = False,
+    gated: Literal["x", "y"] | None = None,
 ) -> Tensor:
-    """x: [rows, K], 16-bit, or [rows, 2 K] if gated. tiles: None chooses."""
+    """x: [rows, K], 16-bit, or [rows, 2 K] if it is gated. tiles: None chooses."""
     n, k = shape
-    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
+    if not len(x):
+        return x.new_empty(0, n // 2 if gated == "y" else n)
     if tiles is None:
         scaled = _scaling_pays(len(x), n, k) and x.dtype == torch.bfloat16
         # Up to four scales are loaded at once.
         scaled = scaled and isinstance(absmax, NestedAbsmax) and absmax.quantised.data_ptr() % 4 == 0
         tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device), scaled)
         tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
-    if lora is not None and not _lora_fits(lora, tiles.n):
-        x = swiglu(*x.chunk(2, -1)) if gated else x
+    few = tiles.n == FEW_ROWS_TILE
+    fits = lora is None or _lora_fits(lora, tiles.n)
+    if gated == "x" and (few or not fits):
+        x, gated = swiglu(*x.chunk(2, -1)), None
+    if gated == "y" and (
+        not few or not fits or (lora is not None and any(end not in (n // 2, n) for end in lora.ends))
+    ):
+        return swiglu(*_fused(x, packed, absmax, shape, bias, tiles, lora).chunk(2, -1))
+    if lora is not None and not fits:
         return _add_lora(_fused(x, packed, absmax, shape, bias, tiles), x, lora)
-    if tiles.n == FEW_ROWS_TILE:
-        return _few_rows(x, packed, absmax, shape, bias, tiles, lora, gated, y)
+    if few:
+        return _few_rows(x, packed, absmax, shape, bias, tiles, lora, gated == "y")
+    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
     n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
     width = triton.next_power_of_2(k) if tiles.scaled else 1024
@@ -569,7 +575,7 @@ def _fused(
         grid = (shrink["shrink_programs"] + grid[0] * grid[1],)
     _prepare_kernel[grid](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
-        0 if counters is None else len(counters), WIDTH=width, PERMUTED=True, PDL=tiles.pdl, **shrink,
+        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
     _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
@@ -896,11 +902,9 @@ if triton is not None:
     @triton.jit
     def _make_x(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-        row, block, column_blocks, programs,
-        WIDTH: tl.constexpr, PERMUTED: tl.constexpr,
+        row, block, column_blocks, programs, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e] (or just x), zero in rows that pad; counters
-        to zero.
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
 
         A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, out is float16 and
         a row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for
@@ -912,8 +916,7 @@ if triton is not None:
             exponent = _exponent(tl.max(tl.abs(x.to(tl.float32)), 0))
             tl.store(row_scale_ptr + row, _power_of_two(exponent - 14))
             x = (x.to(tl.float32) * _power_of_two(268 - exponent)).to(tl.float16)
-        if PERMUTED:
-            x = tl.reshape(tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3)), (WIDTH,))
+        x = tl.reshape(tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3)), (WIDTH,))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, x, mask=inside)
         if counters_ptr is not None:
             first = (row * column_blocks + block) * WIDTH
@@ -952,26 +955,23 @@ if triton is not None:
     @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
     def _prepare_kernel(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-        WIDTH: tl.constexpr, PERMUTED: tl.constexpr, PDL: tl.constexpr, TRIGGER_LATE: tl.constexpr = False,
+        WIDTH: tl.constexpr, PDL: tl.constexpr,
         a_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None, slices=None, share=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
         EMULATED: tl.constexpr = False,
     ):  # fmt: skip
-        """What the product needs made from x: `_make_x` and, by the first programs, an adapter's `_shrink`.
-
-        TRIGGER_LATE: the product may start once x is there, rather than at once: it reads x before it waits for this
-        kernel."""
+        """What the product needs made from x: `_make_x` and, by the first programs, an adapter's `_shrink`. Without
+        out_ptr only that: the product then reads x itself, and before it waits for this kernel."""
         if PDL:
-            if not TRIGGER_LATE:
+            if out_ptr is not None:
                 gdc_launch_dependents()
             gdc_wait()
-            if TRIGGER_LATE:
-                gdc_launch_dependents()
+            if out_ptr is None:
+                gdc_launch_dependents()  # only now, that x is there
         if a_ptr is None:
             _make_x(
                 x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                 tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * tl.num_programs(1), WIDTH,
-                PERMUTED,
             )  # fmt: skip
         else:
             program = tl.program_id(0)
@@ -986,8 +986,7 @@ if triton is not None:
                 _make_x(
                     x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
                     program // column_blocks, program % column_blocks, column_blocks,
-                    tl.num_programs(0) - shrink_programs,
-                    WIDTH, PERMUTED,
+                    tl.num_programs(0) - shrink_programs, WIDTH,
                 )  # fmt: skip
 
     @triton.jit
@@ -1298,22 +1297,29 @@ if triton is not None:
     def _few_rows_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, table_ptr,
         rows, row_stride, N, K, factor,
-        NESTED: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr, WAIT_FIRST: tl.constexpr,
+        NESTED: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
         EMULATED: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
         """16 columns of y, for up to 8 * COLUMNS rows. Each warp has four blocks of 64 along k at a time, WARPS warps
-        take turns, and meet only to add their sums."""
+        take turns, and meet only to add their sums.
+
+        GATED: 8 columns of y's first half and the same of its second; silu(first) * second is stored."""
         if PDL:
             gdc_launch_dependents()
         thread = tl.arange(0, 32 * WARPS)
         warp = thread // 32
         g = thread % 32 // 4
         t = thread % 4
-        n_start = tl.program_id(0) * 16
-        n_g = tl.minimum(n_start + g, N - 1)  # rows beyond N repeat the last and are not stored
-        n_h = tl.minimum(n_start + g + 8, N - 1)
+        if GATED:
+            width, start, apart = N // 2, tl.program_id(0) * 8, N // 2
+        else:
+            width, start, apart = N, tl.program_id(0) * 16, 8
+        n_g = tl.minimum(start + g, width - 1)  # rows beyond the last repeat it and are not stored
+        n_h = tl.minimum(n_g + apart, N - 1)
+        local = tl.arange(0, 16)
+        n = tl.minimum(tl.minimum(start + local % 8, width - 1) + local // 8 * apart, N - 1)
         steps = K // 256
         turns = tl.cdiv(steps, WARPS)
         codes = words_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
@@ -1329,12 +1335,11 @@ if triton is not None:
         raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
         if PDL and b_ptr is not None:
             rank = tl.arange(0, RANK_TILE // 16) * 16  # sectors of 32 bytes
-            n = tl.minimum(n_start + tl.arange(0, 16), N - 1)
             _prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + tl.minimum(rank, RANK - 1)[None, :])
         # A warp whose turns are over, or that has none, counts its last blocks no more.
         scale_g = tl.where(warp < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
         scale_h = tl.where(warp < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
-        if PDL and WAIT_FIRST:
+        if PDL and b_ptr is None:
             gdc_wait()  # only now: what was read so far is frozen
 
         # Rows of x beyond the last repeat it: their sums are columns of the tile that are not stored.
@@ -1375,24 +1380,35 @@ if triton is not None:
         y = _tile_of(s0, s1, s2, s3, WARPS)
         if COLUMNS == 2:
             y = tl.reshape(tl.permute(tl.join(y, _tile_of(s4, s5, s6, s7, WARPS)), (0, 2, 1)), (16, 16))
-        if PDL and not WAIT_FIRST:
+        if PDL and b_ptr is not None:
             gdc_wait()
-        n = tl.minimum(n_start + tl.arange(0, 16), N - 1)
         row = tl.arange(0, 8 * COLUMNS)
         y = y * factor
         if bias_ptr is not None:
             y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+        DTYPE: tl.constexpr = y_ptr.dtype.element_ty
         if b_ptr is not None:
-            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
+            y = y.to(DTYPE).to(tl.float32)  # as where base and adapter are products apart
             for low in tl.static_range(0, RANK_TILE, 16):
                 b, s = _adapter_operands(
-                    b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
-                    low, y_ptr.dtype.element_ty, RANK, RANK_TILE, 16,
+                    b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, start, n, row, low,
+                    DTYPE, RANK, RANK_TILE, 16,
                 )  # fmt: skip
+                if GATED:  # the halves may be slices of their own
+                    y = _expand(y, tl.where((local < 8)[:, None], b, 0.0), s, EMULATED)
+                    b, s = _adapter_operands(
+                        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, start + apart, n,
+                        row, low, DTYPE, RANK, RANK_TILE, 16,
+                    )  # fmt: skip
+                    b = tl.where((local < 8)[:, None], 0.0, b)
                 y = _expand(y, b, s, EMULATED)
-        column = n_start + tl.arange(0, 16)
-        inside = (row < rows)[None, :] & (column < N)[:, None]
-        tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+        y = y.to(DTYPE)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, (2, 8, 8 * COLUMNS)), (1, 2, 0)))
+            y = gate_times_up(gate, up)
+        column = start + tl.arange(0, 8 if GATED else 16)
+        inside = (row < rows)[None, :] & (column < width)[:, None]
+        tl.store(y_ptr + row.to(tl.int64)[None, :] * width + column[:, None], y, mask=inside)
 
     @triton.jit(do_not_specialize=["blocks", "row_start", "start"])
     def _dequantise_kernel(

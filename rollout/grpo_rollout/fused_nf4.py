@@ -1,6 +1,7 @@
 """Whether a sampler multiplies 4-bit weights by `grpo_kernels.nf4_linear`: where it applies, and once it was tried."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,11 +26,11 @@ def plain(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, dequantized(weight, x.dtype))
 
 
-def with_adapter(rank: int, *, gated: bool = False) -> tuple[Product, Product]:
+def with_adapter(rank: int, *, gated: Literal["x", "y"] | None = None) -> tuple[Product, Product]:
     """`fused` and `plain` with an adapter as large as the weight itself added: in the kernel, and in torch.
 
-    It has three slices, as joined layers have, where the weight has rows for them. gated: x is [tokens, 2 cols], of
-    which silu(gate) * up is multiplied."""
+    It has three slices, as joined layers have, where the weight has rows for them. gated: as `nf4_linear`'s; of "y" the
+    slices are gate and up."""
     made: dict[tuple, Lora] = {}
 
     def adapter(weight: Quantized, x: torch.Tensor) -> Lora:
@@ -37,6 +38,7 @@ def with_adapter(rank: int, *, gated: bool = False) -> tuple[Product, Product]:
         if key not in made:  # at the first call: a capture of the second may draw no numbers
             # Where every tile's rows divide them, as real layers' do: else the kernel leaves the adapter to torch.
             ends = (256, 512, weight.rows) if weight.rows > 512 else (weight.rows,)
+            ends = (weight.rows // 2, weight.rows) if gated == "y" else ends
             generator = torch.Generator(x.device).manual_seed(1)
             a = torch.randn(len(ends) * rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
             b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
@@ -48,9 +50,10 @@ def with_adapter(rank: int, *, gated: bool = False) -> tuple[Product, Product]:
         return nf4_linear(x, weight.packed, weight.absmax, weight.shape, lora=adapter(weight, x), gated=gated)
 
     def reference(weight: Quantized, x: torch.Tensor) -> torch.Tensor:
-        if gated:
+        if gated == "x":
             x = swiglu_reference(*x.chunk(2, -1))
-        return plain(weight, x) + torch.cat([x @ a.T @ b.T for _, a, b in adapter(weight, x).slices()], 1)
+        y = plain(weight, x) + torch.cat([x @ a.T @ b.T for _, a, b in adapter(weight, x).slices()], 1)
+        return swiglu_reference(*y.chunk(2, -1)) if gated == "y" else y
 
     return tried, reference
 
@@ -107,19 +110,21 @@ def disagreement(
     rows: Sequence[int],
     dtype: torch.dtype,
     *,
-    gated: bool = False,
+    gated: Literal["x", "y"] | None = None,
 ) -> str | None:
     """What goes wrong first when two products of one weight of each shape are compared, or None.
 
-    x is Gaussian, [rows, cols] of `dtype`, or [rows, 2 cols] if `gated`; no generator of the process is touched. An
-    exception of `tried` counts as disagreement, and so does a single value that differs by more than `TOLERANCE`
+    x is Gaussian, [rows, cols] of `dtype`, or [rows, 2 cols] if "x" is `gated`; no generator of the process is touched.
+    An exception of `tried` counts as disagreement, and so does a single value that differs by more than `TOLERANCE`
     allows."""
     kinds = {(w.shape, type(w.absmax)): w for w in weights}
     for weight in kinds.values():
         device = weight.packed.device
         generator = torch.Generator(device).manual_seed(0)
         for count in rows:
-            x = torch.randn(count, (1 + gated) * weight.cols, generator=generator, device=device).to(dtype)
+            x = torch.randn(count, (2 if gated == "x" else 1) * weight.cols, generator=generator, device=device).to(
+                dtype
+            )
             scales = "doubly quantised" if isinstance(weight.absmax, NestedAbsmax) else "expanded"
             where = f"{count} rows by a weight {list(weight.shape)} with {scales} scales"
             expected = reference(weight, x).float()

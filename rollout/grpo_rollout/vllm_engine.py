@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from grpo.memory import GIB, dims
-from grpo_kernels.nf4_linear import FUSED_RANK, FUSED_ROWS, Lora, nf4_linear
+from grpo_kernels.nf4_linear import FEW_ROWS_TILE, FUSED_RANK, FUSED_ROWS, Lora, nf4_linear
 from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
@@ -228,7 +228,12 @@ class VLLMEngine:
             return False
         rows = [r for r in nf4.check_rows(self.sizes.max_num_seqs, FUSED_ROWS) if r <= FUSED_ROWS]
         reason = None
-        for gated, weights in ((False, joined.quantized()), (True, joined.quantized(DOWN))):
+        kinds: dict[Any, list[Quantized]] = {
+            None: joined.quantized(),
+            "x": joined.quantized(DOWN),
+            "y": joined.quantized("up_proj"),
+        }
+        for gated, weights in kinds.items():
             tried, reference = nf4.with_adapter(rank, gated=gated)
             reason = reason or nf4.disagreement(nf4.captured(tried), reference, weights, rows, self.dtype, gated=gated)
         torch.cuda.empty_cache()
@@ -414,7 +419,7 @@ def _logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -
 METHOD = "grpo_shared"
 WORKER = "AdapterWorker"
 BACKEND = "grpo_kv_cache_only"
-DOWN = "down_proj"
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 """vLLM's classes whose forward is down_proj(act_fn(gate_up_proj(x))), act_fn a SiluAndMul"""
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -633,21 +638,26 @@ def _fuse_adapters(model: Any) -> Any:
 
     All requests carry the one adapter there is, so nothing is asked of vLLM's mapping from tokens to adapters. The
     slices' A, and B, become views of one matrix; longer steps go through vLLM's own kernels on the same memory."""
-    for name, module in model.lora_manager.modules.items():
-        weight = getattr(module.base_layer, "nf4", None)
-        if weight is None:
-            continue
+    modules = model.lora_manager.modules
+    ours = {name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None}
+    for name in ours:
+        module = modules[name]
+        weight = module.base_layer.nf4
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
         if ends[-1] != weight.rows or module.lora_a_stacked[0].shape[:2] != (1, 1):
             raise ValueError(f"vLLM keeps the adapter of {name} in a layout that is not known here")
         module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
         module.lora_b_stacked = tuple(t[None, None] for t in b.tensor_split(ends[:-1]))
-        module.apply = functools.partial(_apply_with_adapter, weight, Lora(a, b, ends), module.apply)
         parent, _, leaf = name.rpartition(".")
         mlp = model.get_submodule(parent)
-        if leaf == DOWN and type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul":
-            mlp.act_fn.forward = functools.partial(_left_to_down_proj, mlp.act_fn.forward)
+        gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
+        gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= ours
+        module.apply = functools.partial(
+            _apply_with_adapter, weight, Lora(a, b, ends), module.apply, gated and leaf == GATE_UP
+        )
+        if gated and leaf == DOWN:
+            mlp.act_fn.forward = functools.partial(_left_to_products, mlp.act_fn.forward)
     return model
 
 
@@ -666,16 +676,27 @@ def _forget_adapters(worker: Any) -> None:
 
 
 def _apply_with_adapter(
-    weight: Quantized, lora: Lora, longer: Callable, x: torch.Tensor, bias: torch.Tensor | None = None
+    weight: Quantized,
+    lora: Lora,
+    longer: Callable,
+    gate_up: bool,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """gate_up: silu(gate) * up is to be made of what comes out: here where the kernel for few rows does it in passing,
+    else in the product after it."""
     if not _within_product(x):
         return longer(x, bias)
-    gated = x.shape[-1] == 2 * weight.cols
+    gated: Any = None
+    if gate_up and x.numel() <= FEW_ROWS_TILE * x.shape[-1]:
+        gated = "y"
+    elif x.shape[-1] == 2 * weight.cols:
+        gated = "x"
     return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora, gated=gated)
 
 
-def _left_to_down_proj(longer: Callable, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up is made within the next product where that takes the adapter."""
+def _left_to_products(longer: Callable, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up is made within the product before or after where those take the adapter."""
     return x if _within_product(x) else longer(x)
 
 

@@ -7,6 +7,7 @@ from test_nf4_linear import adapter, bitsandbytes_weight, exact_product, poisone
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
+from grpo_kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -155,8 +156,19 @@ def test_adapter_of_gate_and_up(rows, rank, scaled, monkeypatch):
     x = torch.nn.functional.silu(both[:, :3584]) * both[:, 3584:]
     exact = exact_product(x, packed, absmax, (4096, 3584), None, lora)
     with poisoned_memory():
-        actual = nf4_linear(both, packed, absmax, (4096, 3584), lora=lora, gated=True, backend="fused")
+        actual = nf4_linear(both, packed, absmax, (4096, 3584), lora=lora, gated="x", backend="fused")
     assert relative_error(actual, exact) < 0.6 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 40])
+@pytest.mark.parametrize(("rank", "ends"), [(None, ()), (16, (1792, 3584)), (64, (3584,))], ids=str)
+def test_gated_result(rows, rank, ends):
+    x, packed, absmax, _ = problem(3584, 4096, rows, torch.bfloat16, device="cuda")
+    lora = None if rank is None else adapter(4096, rank, ends, torch.bfloat16, device="cuda")
+    with poisoned_memory():
+        actual = nf4_linear(x, packed, absmax, (3584, 4096), lora=lora, gated="y", backend="fused")
+    apart = nf4_linear(x, packed, absmax, (3584, 4096), lora=lora, backend="fused")
+    assert relative_error(actual, swiglu(*apart.chunk(2, -1))) < 1e-3  # the sigmoid's last bit
 
 
 @pytest.mark.parametrize("rows", [8, 64, 100])
