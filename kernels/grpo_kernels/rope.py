@@ -1,0 +1,199 @@
+"""The rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864) of queries and keys, and its gradient, in
+one launch each."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on macOS
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""of the kernel, which computes in float32"""
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Literal["triton", "torch"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotate the pairs (x_i, x_{i + rotary / 2}) of each head by its token's angles; transformers takes ten passes, and
+    twenty backward.
+
+    Values are bit for bit those of transformers' `apply_rotary_pos_emb`: each product is rounded to the dtype, then
+    their sum. (vLLM's kernel did so too; that of 0.26 rounds once, after the sum.) The gradient is rounded once.
+
+    q, k: [batch, time, heads, dim], heads may differ; any strides if the last is 1, else they are copied. So views of
+        projections will do, and slices of one projection of q, k and v.
+    cos, sin: [batch or 1, time, rotary], two equal halves as transformers makes them (the kernel reads the first), in
+        q's dtype. Elements from rotary on pass unchanged (partial rotary embedding). No gradient goes to them.
+    backend: None picks Triton on CUDA (not ROCm; 16 and 32 bits), torch elsewhere.
+    Returns both in their shapes, contiguous; differentiable, once. Raises ValueError, naming what does not fit."""
+    _check(q, k, cos, sin)
+    if backend is None:
+        usable = triton is not None and q.is_cuda and torch.version.hip is None and q.dtype in DTYPES
+        backend = "triton" if usable else "torch"
+    elif backend not in ("triton", "torch") or (backend == "triton" and (triton is None or q.dtype not in DTYPES)):
+        raise ValueError(f"backend {backend!r} of {q.dtype}: choose 'triton' (16 or 32 bits), 'torch' or None")
+    if backend == "torch":
+        return rope_reference(q, k, cos, sin)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rope.apply(q, k, cos, sin)
+    q, k = _rotate((q, k), cos, sin, backward=False)
+    return q, k
+
+
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by transformers' operations."""
+    rotary = cos.shape[-1]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turning, rest = x[..., :rotary], x[..., rotary:]
+        first, second = turning.chunk(2, -1)
+        turned = turning * cos + torch.cat((-second, first), -1) * sin
+        return (torch.cat((turned, rest), -1) if rest.shape[-1] else turned).contiguous()
+
+    return rotate(q), rotate(k)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    shape = q.shape
+    if len(shape) != 4 or k.dim() != 4 or k.shape[:2] != shape[:2] or k.shape[3] != shape[3]:
+        raise ValueError(
+            f"q is {list(shape)}, k {list(k.shape)}: both must be [batch, time, heads, dim], alike but for heads"
+        )
+    table = cos.shape
+    if len(table) != 3 or sin.shape != table or table[0] not in (1, shape[0]) or table[1] != shape[1]:
+        raise ValueError(
+            f"cos is {list(table)}, sin {list(sin.shape)}: both must be [{shape[0]} or 1, {shape[1]}, rotary], by q's "
+            f"{list(shape)} of [batch, time, heads, dim]"
+        )
+    if not 2 <= table[2] <= shape[3] or table[2] % 2:
+        raise ValueError(f"cos has {table[2]} angles a token: must be even, and from 2 to q's dim, {shape[3]}")
+    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}: must be alike; convert it with .to(q)"
+            )
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        # Not as saved tensors: all layers share these, and hooks on those would offload or recompute them once a layer.
+        ctx.tables = cos, sin
+        q, k = _rotate((q, k), cos, sin, backward=False)
+        return q, k
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        asked = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+        turned = iter(_rotate([grad for grad in asked if grad is not None], *ctx.tables, backward=True))
+        return *(None if grad is None else next(turned) for grad in asked), None, None
+
+
+PAIRS = 2048
+"""of elements a program"""
+
+
+def _rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool) -> list[Tensor]:
+    """q and k, or one of them."""
+    xs = [x if x.stride(3) == 1 else x.contiguous() for x in xs]
+    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    if not xs or not out[0].numel():
+        return out
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    q, k = xs[0], xs[-1]  # of one alone, programs for q are all there are
+    batch, time, heads, dim = q.shape
+    half = cos.shape[2] // 2
+    half_tile = _power_of_2(half)
+    rows = max(PAIRS // half_tile, 1)
+    programs = [-(-batch * time * x.shape[2] // rows) for x in xs]
+    table_batch, table_time, _ = cos.stride()
+    # Given leave to fuse, LLVM computes in 16 bits and makes an fma of a product that was to be rounded and its sum.
+    _rope_kernel[(sum(programs),)](
+        q, k, cos, sin, out[0], out[-1], *q.stride()[:3], *k.stride()[:3],
+        table_batch if len(cos) > 1 else 0, table_time, batch * time, time, programs[0],
+        Q_HEADS=heads, K_HEADS=k.shape[2], DIM=dim, HALF=half, HALF_TILE=half_tile,
+        REST_TILE=_power_of_2(dim - 2 * half), ROWS=rows, BACKWARD=backward, num_warps=4, enable_fp_fusion=backward,
+    )  # fmt: skip
+    return out
+
+
+def _power_of_2(x: int) -> int:
+    """Not below x; 0 of 0."""
+    return 1 << (x - 1).bit_length() if x else 0
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["tokens", "time", "q_programs"])
+    def _rope_kernel(
+        q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_batch_stride, q_time_stride, q_head_stride,
+        k_batch_stride, k_time_stride, k_head_stride, table_batch_stride, table_time_stride, tokens, time, q_programs,
+        Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr,
+        REST_TILE: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """The first programs take q, the others k, each ROWS rows: tokens' heads in order."""
+        program = tl.program_id(0)
+        if program < q_programs:
+            _rotate_rows(
+                q_ptr, q_out_ptr, cos_ptr, sin_ptr, program, q_batch_stride, q_time_stride, q_head_stride,
+                table_batch_stride, table_time_stride, tokens, time,
+                Q_HEADS, DIM, HALF, HALF_TILE, REST_TILE, ROWS, BACKWARD,
+            )  # fmt: skip
+        else:
+            _rotate_rows(
+                k_ptr, k_out_ptr, cos_ptr, sin_ptr, program - q_programs, k_batch_stride, k_time_stride, k_head_stride,
+                table_batch_stride, table_time_stride, tokens, time,
+                K_HEADS, DIM, HALF, HALF_TILE, REST_TILE, ROWS, BACKWARD,
+            )  # fmt: skip
+
+    @triton.jit
+    def _rotate_rows(
+        x_ptr, out_ptr, cos_ptr, sin_ptr, block, batch_stride, time_stride, head_stride,
+        table_batch_stride, table_time_stride, tokens, time,
+        HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr,
+        REST_TILE: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """first' = first cos - second sin, second' = second cos + first sin. The gradient's map is the transpose: with
+        -sin, the two halves of cos and of sin being equal."""
+        row = block * ROWS + tl.arange(0, ROWS)
+        token = row // HEADS
+        inside = (token < tokens)[:, None]
+        batch, step = (token // time).to(tl.int64), (token % time).to(tl.int64)
+        x_row = (x_ptr + batch * batch_stride + step * time_stride + (row % HEADS).to(tl.int64) * head_stride)[:, None]
+        out_row = (out_ptr + row.to(tl.int64) * DIM)[:, None]
+        table_row = (batch * table_batch_stride + step * table_time_stride)[:, None]
+
+        column = tl.arange(0, HALF_TILE)[None, :]
+        turning = inside & (column < HALF)
+        first = tl.load(x_row + column, mask=turning, other=0.0)
+        second = tl.load(x_row + HALF + column, mask=turning, other=0.0)
+        cos = tl.load(cos_ptr + table_row + column, mask=turning, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + table_row + column, mask=turning, other=0.0).to(tl.float32)
+        dtype: tl.constexpr = first.dtype
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        if BACKWARD:
+            first_out = first * cos + second * sin
+            second_out = second * cos - first * sin
+        else:
+            first_out = _round(first * cos, dtype) - _round(second * sin, dtype)
+            second_out = _round(second * cos, dtype) + _round(first * sin, dtype)
+        tl.store(out_row + column, first_out.to(dtype), mask=turning)
+        tl.store(out_row + HALF + column, second_out.to(dtype), mask=turning)
+
+        if REST_TILE > 0:
+            column = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
+            resting = inside & (column < DIM)
+            tl.store(out_row + column, tl.load(x_row + column, mask=resting), mask=resting)
+
+    @triton.jit
+    def _round(x, dtype: tl.constexpr):
+        return x.to(dtype).to(tl.float32)
