@@ -1,5 +1,5 @@
 """The rotary embedding of queries and keys: the kernel under the interpreter, and the dispatch, against transformers'
-functions to the bit and against float64. `inputs`, `by_transformers` and `run` serve the GPU tests too."""
+functions and against float64. `inputs`, `by_transformers` and `run` serve the GPU tests too."""
 
 import importlib
 
@@ -61,7 +61,8 @@ def assert_close(actual, expected, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equals_transformers_to_the_bit(architecture, backend):
+def test_equals_transformers(architecture, backend):
+    """In float32, and in 16 bits transformers' values before they are rounded, rounded once."""
     for size in SIZES:
         if architecture != "phi3" and size[4] != size[5]:
             continue  # Phi-3's alone leaves a part unturned
@@ -69,14 +70,17 @@ def test_equals_transformers_to_the_bit(architecture, backend):
             if backend == "triton" and dtype == torch.bfloat16:
                 continue  # the interpreter cuts off: tests/gpu
             q, k, cos, sin, upstream = inputs(*size, dtype)
-            expected = by_transformers(architecture, q, k, cos, sin)
+            expected = by_transformers(architecture, *(x.float() for x in (q, k, cos, sin)))
             for grad in (True, False):
                 out = run(q, k, cos, sin, upstream, backend)[:2] if grad else rope(q, k, cos, sin, backend=backend)
                 for a, e in zip(out, expected):
                     assert a.dtype == dtype
                     assert a.requires_grad == grad
                     assert a.is_contiguous()
-                    assert torch.equal(a, e)
+                    if dtype == torch.float32:
+                        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+                    else:
+                        assert (a != e.to(dtype)).sum() <= a.numel() // 1000
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,13 +96,13 @@ def test_float64_checks_out_by_differences():
     assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_()))
 
 
-@pytest.mark.skipif(triton is None, reason="no Triton")
-def test_gradient_is_rounded_once():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounded_once(backend):
     arguments = inputs(2, 40, 3, 1, 64, 64, torch.float16)
-    actual = run(*arguments, "triton")[2:]
-    for a, e in zip(actual, in_float64(*arguments)[2:]):
+    for a, e in zip(run(*arguments, backend), in_float64(*arguments)):
         assert (a == e.half()).float().mean() > 0.99
-    assert (run(*arguments, "torch")[2] == actual[0]).float().mean() < 0.9  # which tells the two apart
+    [twice, _] = by_transformers("llama", *arguments[:4])
+    assert (twice == in_float64(*arguments)[0].half()).float().mean() < 0.9  # which tells the two apart
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

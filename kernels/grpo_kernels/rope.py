@@ -23,8 +23,8 @@ def rope(
     """Rotate the pairs (x_i, x_{i + rotary / 2}) of each head by its token's angles; transformers takes ten passes, and
     twenty backward.
 
-    Values are bit for bit those of transformers' `apply_rotary_pos_emb`: each product is rounded to the dtype, then
-    their sum. (vLLM's kernel did so too; that of 0.26 rounds once, after the sum.) The gradient is rounded once.
+    Values and gradients are rounded once, after the sum, as by the kernel of vLLM 0.26, so that sampler and trainer
+    agree; transformers' `apply_rotary_pos_emb` rounds each product as well.
 
     q, k: [batch, time, heads, dim], heads may differ; any strides if the last is 1, else they are copied. So views of
         projections will do, and slices of one projection of q, k and v.
@@ -47,14 +47,15 @@ def rope(
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by transformers' operations."""
+    """The same by transformers' operations, in float32 at least."""
     rotary = cos.shape[-1]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.unsqueeze(2).to(wide), sin.unsqueeze(2).to(wide)
 
     def rotate(x: Tensor) -> Tensor:
-        turning, rest = x[..., :rotary], x[..., rotary:]
+        turning, rest = x[..., :rotary].to(wide), x[..., rotary:]
         first, second = turning.chunk(2, -1)
-        turned = turning * cos + torch.cat((-second, first), -1) * sin
+        turned = (turning * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
         return (torch.cat((turned, rest), -1) if rest.shape[-1] else turned).contiguous()
 
     return rotate(q), rotate(k)
@@ -116,12 +117,11 @@ def _rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool) -
     rows = max(PAIRS // half_tile, 1)
     programs = [-(-batch * time * x.shape[2] // rows) for x in xs]
     table_batch, table_time, _ = cos.stride()
-    # Given leave to fuse, LLVM computes in 16 bits and makes an fma of a product that was to be rounded and its sum.
     _rope_kernel[(sum(programs),)](
         q, k, cos, sin, out[0], out[-1], *q.stride()[:3], *k.stride()[:3],
         table_batch if len(cos) > 1 else 0, table_time, batch * time, time, programs[0],
         Q_HEADS=heads, K_HEADS=k.shape[2], DIM=dim, HALF=half, HALF_TILE=half_tile,
-        REST_TILE=_power_of_2(dim - 2 * half), ROWS=rows, BACKWARD=backward, num_warps=4, enable_fp_fusion=backward,
+        REST_TILE=_power_of_2(dim - 2 * half), ROWS=rows, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -181,19 +181,11 @@ if triton is not None:
         dtype: tl.constexpr = first.dtype
         first, second = first.to(tl.float32), second.to(tl.float32)
         if BACKWARD:
-            first_out = first * cos + second * sin
-            second_out = second * cos - first * sin
-        else:
-            first_out = _round(first * cos, dtype) - _round(second * sin, dtype)
-            second_out = _round(second * cos, dtype) + _round(first * sin, dtype)
-        tl.store(out_row + column, first_out.to(dtype), mask=turning)
-        tl.store(out_row + HALF + column, second_out.to(dtype), mask=turning)
+            sin = -sin
+        tl.store(out_row + column, (first * cos - second * sin).to(dtype), mask=turning)
+        tl.store(out_row + HALF + column, (second * cos + first * sin).to(dtype), mask=turning)
 
         if REST_TILE > 0:
             column = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
             resting = inside & (column < DIM)
             tl.store(out_row + column, tl.load(x_row + column, mask=resting), mask=resting)
-
-    @triton.jit
-    def _round(x, dtype: tl.constexpr):
-        return x.to(dtype).to(tl.float32)

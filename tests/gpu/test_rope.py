@@ -1,4 +1,4 @@
-"""The rotary embedding on a GPU: the compiled kernel is transformers' functions to the bit, in bf16 too."""
+"""The rotary embedding on a GPU: the compiled kernel is transformers' functions, rounded once, in bf16 too."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ def test_values_and_gradients(size, dtype):
         actual = run(*arguments, None)
         assert type(actual[0].grad_fn).__name__ == "_RopeBackward"
         for architecture in ARCHITECTURES if size[4] == size[5] else ["phi3"]:
-            for a, e in zip(actual, by_transformers(architecture, *arguments[:4])):
-                assert torch.equal(a, e)
+            for a, e in zip(actual, by_transformers(architecture, *(x.double() for x in arguments[:4]))):
+                assert (a == e.to(dtype)).float().mean() > (0.6 if dtype == torch.float32 else 0.99)
         tolerance = max(torch.finfo(dtype).eps, 1e-6)
-        for a, e in zip(actual[2:], in_float64(*arguments)[2:], strict=True):
+        for a, e in zip(actual, in_float64(*arguments), strict=True):
             torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
 
 
