@@ -69,6 +69,8 @@ class FusedLinear4bit(Linear4bit):
     """Not a `forward` of the instance's own: that would be a cycle, and keep the weights after the model."""
 
     result_is_read = True
+    ready: tuple[Tensor, Tensor] | None = None
+    """see `handed_out`"""
 
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
@@ -101,16 +103,32 @@ class FusedLinear4bit(Linear4bit):
         return Adapted(base, low[name]._parameters["weight"], b["weight"], self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.ready is not None:
+            (of, y), self.ready = self.ready, None
+            if of is x and not (args or kwargs):
+                return y
         adapted = None if args or kwargs else self.adapted()
         if adapted and torch.is_inference_mode_enabled():
             flat = flattened(x)
             if choose_backend(flat, len(flat), flat.shape[1]) == "fused":
-                y = _read_once(flat, adapted)
-                return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
+                return unflattened(_read_once(flat, adapted), x.shape, x.dtype)
             adapted = None
         if adapted is None:
             return super().forward(x, *args, **kwargs)
         return lora_products(x, [adapted], read=self.result_is_read)[0]
+
+
+@contextlib.contextmanager
+def handed_out(layers: Sequence[FusedLinear4bit], x: Tensor, results: Sequence[Tensor]) -> Iterator[None]:
+    """Within it each layer's forward returns its result, made before, if it is asked first for x, this very tensor."""
+    for layer, y in zip(layers, results):
+        layer.ready = (x, y)
+    del results, y  # a layer's is gone when it has been handed out and used
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ready = None
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -118,6 +136,11 @@ def flattened(x: Tensor) -> Tensor:
     device = x.device.type
     flat = x.reshape(-1, x.shape[-1])
     return flat.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else flat
+
+
+def unflattened(y: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """[tokens, width] as [..., width] with the leading dimensions of `shape`."""
+    return y.view(*shape[:-1], y.shape[1]).to(dtype)
 
 
 def lora_products(x: Tensor, layers: Sequence[Adapted], *, read: bool = True) -> tuple[Tensor, ...]:
@@ -153,48 +176,41 @@ def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(b, scaling, out=torch.empty_like(b, dtype=dtype))
 
 
-class Saved(NamedTuple):
-    """What `gradients` needs of `product`, beside its x."""
-
-    shrunk: Tensor
-    """x A^T: [tokens, rank]"""
-    low: Tensor
-    """A in the products' dtype"""
-    scaled: Tensor
-    """scaling * B in it"""
-
-
-def product(x: Tensor, layer: Adapted, *, read: bool = True) -> tuple[Tensor, Saved]:
-    """x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype. Not differentiable.
-    read: whether the values matter; if not, they are not computed."""
+def product(x: Tensor, layer: Adapted, *, read: bool = True) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype; not differentiable.
+    And what `gradients` needs beside x: x A^T, A and scaling * B. read: whether y's values matter; if not, they are
+    not computed."""
     low, scaled, bias = _operands(layer, x.dtype)
     shrunk = F.linear(x, low)
     if read:
         y = F.linear(x, _weight(layer.base, x.dtype), bias).addmm_(shrunk, scaled.t())
     else:
         y = x.new_empty(len(x), len(scaled))
-    return y, Saved(shrunk, low, scaled)
+    return y, (shrunk, low, scaled)
 
 
 def gradients(
-    grad: Tensor, x: Tensor, layer: Adapted, saved: Saved, needs: Sequence[bool], grad_x: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x (added to grad_x, in place, where there is one), a and b; None of those that needs says no to.
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Adapted], saved: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, from all the layers' products of it, and of each layer's A and B in turn; None where `needs` says no.
 
-    grad: [tokens, out]. Products are in its dtype, the gradients of a and b in theirs."""
-    grad_a = grad_b = None
-    grad_shrunk = torch.mm(grad, saved.scaled)
-    if needs[0]:
-        weight = _weight(layer.base, grad.dtype)
-        grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
-        grad_x.addmm_(grad_shrunk, saved.low)
-    if needs[1]:
-        grad_a = _mm(grad_shrunk.t(), x, layer.a.dtype)
-    if needs[2]:
-        grad_b = _mm(grad.t(), saved.shrunk, layer.b.dtype)
-        if layer.scaling != 1:
+    grads: of each layer's y, [tokens, out], in the dtype of products. saved: what each `product` said, in a row."""
+    needs_x, *needs_adapters = needs
+    grad_x = None
+    of_adapters: list[Tensor | None] = []
+    for i, (grad, layer) in enumerate(zip(grads, layers)):
+        shrunk, low, scaled = saved[3 * i : 3 * i + 3]
+        grad_shrunk = torch.mm(grad, scaled)
+        if needs_x:  # summed in place
+            weight = _weight(layer.base, grad.dtype)
+            grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
+            grad_x.addmm_(grad_shrunk, low)
+        grad_a = _mm(grad_shrunk.t(), x, layer.a.dtype) if needs_adapters[2 * i] else None
+        grad_b = _mm(grad.t(), shrunk, layer.b.dtype) if needs_adapters[2 * i + 1] else None
+        if grad_b is not None and layer.scaling != 1:
             grad_b.mul_(layer.scaling)
-    return grad_x, grad_a, grad_b
+        of_adapters += (grad_a, grad_b)
+    return [grad_x, *of_adapters]
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -205,22 +221,16 @@ class _LoraLinears(torch.autograd.Function):
         flat = flattened(x)
         results, saved = zip(*(product(flat, layer, read=read) for layer in layers))
         ctx.save_for_backward(flat, *itertools.chain.from_iterable(saved))
-        ctx.layers, ctx.dtype = layers, x.dtype
-        return tuple(y.view(*x.shape[:-1], y.shape[1]).to(x.dtype) for y in results)
+        ctx.layers, ctx.like = layers, (x.shape, x.dtype)
+        return tuple(unflattened(y, x.shape, x.dtype) for y in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         x, *saved = ctx.saved_tensors
         needs_x, _, _, *needs = ctx.needs_input_grad
-        grad_x, found = None, []
-        for i, (layer, grad) in enumerate(zip(ctx.layers, grads)):
-            grad = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-            pair = needs[2 * i : 2 * i + 2]
-            grad_x, *of_adapter = gradients(grad, x, layer, Saved(*saved[3 * i : 3 * i + 3]), (needs_x, *pair), grad_x)
-            found += of_adapter
-        if grad_x is not None:
-            grad_x = grad_x.view(*grads[0].shape[:-1], x.shape[1]).to(ctx.dtype)
-        return grad_x, None, None, *found
+        flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
+        grad_x, *found = gradients(flat, x, ctx.layers, saved, (needs_x, *needs))
+        return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
