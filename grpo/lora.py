@@ -69,8 +69,6 @@ class FusedLinear4bit(Linear4bit):
     """Not a `forward` of the instance's own: that would be a cycle, and keep the weights after the model."""
 
     result_is_read = True
-    ready: tuple[Tensor, Tensor] | None = None
-    """see `handed_out`"""
 
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
@@ -103,10 +101,9 @@ class FusedLinear4bit(Linear4bit):
         return Adapted(base, low[name]._parameters["weight"], b["weight"], self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.ready is not None:
-            (of, y), self.ready = self.ready, None
-            if of is x and not (args or kwargs):
-                return y
+        of, y = self.__dict__.pop("ready", (None, None))  # see `handed_out`
+        if of is x and not (args or kwargs):
+            return y
         adapted = None if args or kwargs else self.adapted()
         if adapted and torch.is_inference_mode_enabled():
             flat = flattened(x)
@@ -122,13 +119,13 @@ class FusedLinear4bit(Linear4bit):
 def handed_out(layers: Sequence[FusedLinear4bit], x: Tensor, results: Sequence[Tensor]) -> Iterator[None]:
     """Within it each layer's forward returns its result, made before, if it is asked first for x, this very tensor."""
     for layer, y in zip(layers, results):
-        layer.ready = (x, y)
+        layer.__dict__["ready"] = (x, y)  # nn.Module's own assignment is slow
     del results, y  # a layer's is gone when it has been handed out and used
     try:
         yield
     finally:
         for layer in layers:
-            layer.ready = None
+            layer.__dict__.pop("ready", None)
 
 
 def flattened(x: Tensor) -> Tensor:
