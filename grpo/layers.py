@@ -1,6 +1,7 @@
 """A transformers model's layers in fewer passes over memory, for training: norms, gated MLPs, adapted 4-bit layers."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,16 +9,29 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
-from grpo.lora import fuse_adapters
+from grpo.lora import (
+    Adapted,
+    FusedLinear4bit,
+    adapters,
+    flattened,
+    fuse_adapters,
+    gradients,
+    handed_out,
+    lora_products,
+    product,
+    unflattened,
+)
 from grpo_kernels.swiglu import swiglu
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
+ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
+"""with products of their own for queries, keys and values"""
 MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2")
 """of a transformers config: models whose layers are of these classes"""
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
@@ -36,14 +50,17 @@ def fuse_layers(model: PeftModel) -> Fused:
 
     RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
     `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
-    knows. Values are rounded where transformers rounds them, the adapters' less often; parameters, names and files stay
-    as they are. A second call finds nothing left."""
+    knows; where all of a gated MLP's or of queries, keys and values are such, by one autograd function. Values are
+    rounded where transformers rounds them, the adapters' less often; parameters, names and files stay as they are.
+    A second call finds nothing left."""
     norms = [m for m in model.modules() if type(m) in NORMS]
     mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
     for norm in norms:
         norm.__class__ = _subclass(type(norm), _norm)
     for mlp in mlps:
         mlp.__class__ = _subclass(type(mlp), _mlp)
+    for attention in [m for m in model.modules() if type(m) in ATTENTIONS]:
+        attention.__class__ = _subclass(type(attention), _attention)
     return Fused(fuse_adapters(model), len(norms), len(mlps))
 
 
@@ -64,11 +81,72 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, norm.weight.shape, None, norm.variance_epsilon) * norm.weight
 
 
+def _adapted(layers: Sequence[Any]) -> list[Adapted] | None:
+    """None unless all of them are adapted 4-bit layers in their usual state."""
+    if torch.is_inference_mode_enabled():  # in which layers decode, each by itself
+        return None
+    found = []
+    for layer in layers:
+        adapted = layer.adapted() if isinstance(layer, FusedLinear4bit) else None
+        if adapted is None:
+            return None
+        found.append(adapted)
+    return found
+
+
+def _attention(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The three products at once, for transformers' own forward to ask its layers for."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    adapted = _adapted(layers)
+    forward = super(type(attention), attention).forward
+    if adapted is None:
+        return forward(hidden_states, *args, **kwargs)
+    with handed_out(layers, hidden_states, lora_products(hidden_states, adapted)):
+        return forward(hidden_states, *args, **kwargs)
+
+
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    if isinstance(mlp, Phi3MLP):
-        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
-    else:
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    first = (mlp.gate_up_proj,) if isinstance(mlp, Phi3MLP) else (mlp.gate_proj, mlp.up_proj)
+    layers = (*first, mlp.down_proj)
+    adapted = _adapted(layers)
+    if adapted and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return _GatedMLP.apply(x, adapted, mlp.down_proj.result_is_read, *adapters(adapted))
+    gate, up = _gate_and_up([layer(x) for layer in first])
     if gate.dtype != up.dtype:  # one in 4 bits, one not: torch takes the wider
         return mlp.down_proj(F.silu(gate) * up)
     return mlp.down_proj(swiglu(gate, up))
+
+
+def _gate_and_up(made: Sequence[Tensor]) -> Sequence[Tensor]:
+    return made if len(made) == 2 else made[0].chunk(2, dim=-1)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """x: [..., hidden]; layers: gate and up, or both as one, and down. silu(gate) * up is made again in the backward
+    pass, which makes its gradient at the same time, rather than kept. read: whether the result's values matter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Adapted], read: bool, *adapters: Tensor) -> Tensor:
+        flat = flattened(x)
+        *first, down = layers
+        made, saved = zip(*(product(flat, layer) for layer in first))
+        y, saved_down = product(swiglu(*_gate_and_up(made)), down, read=read)
+        ctx.save_for_backward(flat, *made, *itertools.chain(*saved, saved_down))
+        ctx.layers, ctx.like = layers, (x.shape, x.dtype)
+        return unflattened(y, x.shape, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        *first, down = ctx.layers
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        x, *rest = ctx.saved_tensors
+        made, saved, saved_down = rest[: len(first)], rest[len(first) : -3], rest[-3:]
+        with torch.enable_grad():
+            leaves = [y.detach().requires_grad_() for y in made]
+            hidden = swiglu(*_gate_and_up(leaves))
+        flat = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+        grad_hidden, *found_down = gradients([flat], hidden.detach(), [down], saved_down, (True, *needs[-2:]))
+        grads = torch.autograd.grad(hidden, leaves, grad_hidden)
+        del hidden, grad_hidden  # as large as what is left
+        grad_x, *found = gradients(grads, x, first, saved, (needs_x, *needs[:-2]))
+        return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found, *found_down

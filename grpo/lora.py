@@ -2,14 +2,16 @@
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo_kernels.nf4_linear import BLOCK, Lora, absmax_of, choose_backend, nf4_dequantise, nf4_linear, triton
 
@@ -51,6 +53,18 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and not torch.version.hip
 
 
+class Adapted(NamedTuple):
+    """What the product of an adapted NF4 layer is made of."""
+
+    base: Any
+    """bitsandbytes' layer"""
+    a: Tensor
+    """[rank, in]"""
+    b: Tensor
+    """[out, rank]"""
+    scaling: float
+
+
 class FusedLinear4bit(Linear4bit):
     """Not a `forward` of the instance's own: that would be a cycle, and keep the weights after the model."""
 
@@ -66,84 +80,168 @@ class FusedLinear4bit(Linear4bit):
         finally:
             self.result_is_read = True
 
+    def adapted(self) -> Adapted | None:
+        """None where PEFT's own forward is to run."""
+        modules: dict[str, Any] = self._modules  # nn.Module's own look-up is slow, and there are ten
+        base, low = modules["base_layer"], modules["lora_A"]._modules
+        names = self.active_adapters
+        name: Any = names[0] if len(names) == 1 else None
+        if (
+            not isinstance(base, bnb.nn.Linear4bit)  # in a copy whose weights were dequantised
+            or name not in low
+            or self.disable_adapters
+            or self.merged
+            or self.lora_variant
+            or getattr(modules["lora_dropout"]._modules[name], "p", 0.0) != 0.0
+        ):
+            return None
+        b = modules["lora_B"]._modules[name]._parameters
+        if b["bias"] is not None:
+            return None
+        return Adapted(base, low[name]._parameters["weight"], b["weight"], self.scaling[name])
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name: Any = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-        base: Any = self.get_base_layer()
-        usual = (
-            isinstance(base, bnb.nn.Linear4bit)  # not so in a copy whose weights were dequantised
-            and name in self.lora_A
-            and not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
-            and getattr(self.lora_dropout[name], "p", 0.0) == 0.0
-            and self.lora_B[name].bias is None
-        )
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        decoding = torch.is_inference_mode_enabled()
-        if decoding and choose_backend(flat, len(flat), x.shape[-1]) != "fused":
-            usual = False
-        if not usual:
+        of, y = self.__dict__.pop("ready", (None, None))  # see `handed_out`
+        if of is x and not (args or kwargs):
+            return y
+        adapted = None if args or kwargs else self.adapted()
+        if adapted and torch.is_inference_mode_enabled():
+            flat = flattened(x)
+            if choose_backend(flat, len(flat), flat.shape[1]) == "fused":
+                return unflattened(_read_once(flat, adapted), x.shape, x.dtype)
+            adapted = None
+        if adapted is None:
             return super().forward(x, *args, **kwargs)
-        a: Any = self.lora_A[name].weight
-        b: Any = self.lora_B[name].weight
-        operands = (flat, a, b, self.scaling[name], base)
-        y = _read_once(*operands) if decoding else _LoraLinear.apply(*operands, self.result_is_read)
-        return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+        return lora_products(x, [adapted], read=self.result_is_read)[0]
 
 
-def _read_once(x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any) -> Tensor:
+@contextlib.contextmanager
+def handed_out(layers: Sequence[FusedLinear4bit], x: Tensor, results: Sequence[Tensor]) -> Iterator[None]:
+    """Within it each layer's forward returns its result, made before, if it is asked first for x, this very tensor."""
+    for layer, y in zip(layers, results):
+        layer.__dict__["ready"] = (x, y)  # nn.Module's own assignment is slow
+    del results, y  # a layer's is gone when it has been handed out and used
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("ready", None)
+
+
+def flattened(x: Tensor) -> Tensor:
+    """[tokens, width], in the dtype of products: autocast's, or x's own."""
+    device = x.device.type
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else flat
+
+
+def unflattened(y: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """[tokens, width] as [..., width] with the leading dimensions of `shape`."""
+    return y.view(*shape[:-1], y.shape[1]).to(dtype)
+
+
+def lora_products(x: Tensor, layers: Sequence[Adapted], *, read: bool = True) -> tuple[Tensor, ...]:
+    """Each layer's y = x W^T + bias + scaling * x A^T B^T: [..., out], for one x: [..., in], in its dtype.
+
+    Differentiable in x, whose gradients are summed in place, and the adapters. read: whether the values matter."""
+    return _LoraLinears.apply(x, layers, read, *adapters(layers))
+
+
+def adapters(layers: Sequence[Adapted]) -> list[Tensor]:
+    """A and B of each: what autograd must see among a function's arguments."""
+    return [p for layer in layers for p in (layer.a, layer.b)]
+
+
+def _read_once(x: Tensor, layer: Adapted) -> Tensor:
     """For few rows, without gradient: the 4-bit weight is not dequantised to memory first."""
-    low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
-    state = base.weight.quant_state
+    low, scaled, bias = _operands(layer, x.dtype)
+    weight = layer.base.weight
+    state = weight.quant_state
     shape = (state.shape[0], state.shape[1])
-    return nf4_linear(x, base.weight.data, absmax_of(state), shape, bias, lora=Lora(low, scaled, shape[:1]))
+    return nf4_linear(x, weight.data, absmax_of(state), shape, bias, lora=Lora(low, scaled, shape[:1]))
 
 
-def _operands(a: Tensor, b: Tensor, scaling: float, base: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+def _operands(layer: Adapted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
     """A, B with the scaling in it, and the bias, in the products' dtype."""
-    return a.to(dtype), (b * scaling).to(dtype), None if base.bias is None else base.bias.to(dtype)
+    a, b, bias = layer.a, layer.b, layer.base.bias
+    scaled = b.to(dtype) if layer.scaling == 1 else _scaled(b, layer.scaling, dtype)
+    return a.to(dtype), scaled, None if bias is None else bias.to(dtype)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x: [tokens, in], a: [rank, in], b: [out, rank]; products in x's dtype, gradients of a and b in theirs.
-    read: whether the result's values matter."""
+def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """In one pass, and rounded once."""
+    return torch.mul(b, scaling, out=torch.empty_like(b, dtype=dtype))
+
+
+def product(x: Tensor, layer: Adapted, *, read: bool = True) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype; not differentiable.
+    And what `gradients` needs beside x: x A^T, A and scaling * B. read: whether y's values matter; if not, they are
+    not computed."""
+    low, scaled, bias = _operands(layer, x.dtype)
+    shrunk = F.linear(x, low)
+    if read:
+        y = F.linear(x, _weight(layer.base, x.dtype), bias).addmm_(shrunk, scaled.t())
+    else:
+        y = x.new_empty(len(x), len(scaled))
+    return y, (shrunk, low, scaled)
+
+
+def gradients(
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Adapted], saved: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, from all the layers' products of it, and of each layer's A and B in turn; None where `needs` says no.
+
+    grads: of each layer's y, [tokens, out], in the dtype of products. saved: what each `product` said, in a row."""
+    needs_x, *needs_adapters = needs
+    grad_x = None
+    of_adapters: list[Tensor | None] = []
+    for i, (grad, layer) in enumerate(zip(grads, layers)):
+        shrunk, low, scaled = saved[3 * i : 3 * i + 3]
+        grad_shrunk = torch.mm(grad, scaled)
+        if needs_x:  # summed in place
+            weight = _weight(layer.base, grad.dtype)
+            grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
+            grad_x.addmm_(grad_shrunk, low)
+        grad_a = _mm(grad_shrunk.t(), x, layer.a.dtype) if needs_adapters[2 * i] else None
+        grad_b = _mm(grad.t(), shrunk, layer.b.dtype) if needs_adapters[2 * i + 1] else None
+        if grad_b is not None and layer.scaling != 1:
+            grad_b.mul_(layer.scaling)
+        of_adapters += (grad_a, grad_b)
+    return [grad_x, *of_adapters]
+
+
+class _LoraLinears(torch.autograd.Function):
+    """See `lora_products`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Any, read: bool) -> Tensor:
-        low, scaled, bias = _operands(a, b, scaling, base, x.dtype)
-        shrunk = x @ low.T
-        if read:
-            y = nn.functional.linear(x, _weight(base, x.dtype), bias).addmm_(shrunk, scaled.T)
-        else:
-            y = x.new_empty(len(x), len(b))
-        ctx.save_for_backward(x, shrunk, low, scaled)
-        ctx.scaling, ctx.base, ctx.dtypes = scaling, base, (a.dtype, b.dtype)
-        return y
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Adapted], read: bool, *adapters: Tensor) -> tuple[Tensor, ...]:
+        flat = flattened(x)
+        results, saved = zip(*(product(flat, layer, read=read) for layer in layers))
+        ctx.save_for_backward(flat, *itertools.chain.from_iterable(saved))
+        ctx.layers, ctx.like = layers, (x.shape, x.dtype)
+        return tuple(unflattened(y, x.shape, x.dtype) for y in results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, shrunk, low, scaled = ctx.saved_tensors
-        grad_x = grad_a = grad_b = None
-        grad_shrunk = grad @ scaled
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _weight(ctx.base, grad.dtype)).addmm_(grad_shrunk, low)
-        if ctx.needs_input_grad[1]:
-            grad_a = _product(grad_shrunk.T, x, ctx.dtypes[0])
-        if ctx.needs_input_grad[2]:
-            grad_b = _product(grad.T, shrunk, ctx.dtypes[1]).mul_(ctx.scaling)
-        return grad_x, grad_a, grad_b, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, *saved = ctx.saved_tensors
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
+        grad_x, *found = gradients(flat, x, ctx.layers, saved, (needs_x, *needs))
+        return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, summed over the tokens, in the parameters' dtype rather than rounded to the activations' first."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in], dequantised."""
-    state = base.weight.quant_state
-    if _on_nvidia(base.weight):
-        return nf4_dequantise(base.weight.data, absmax_of(state), tuple(state.shape), dtype)
-    return bnb.functional.dequantize_4bit(base.weight.view(-1, 1), state).to(dtype)
+    weight = base.weight
+    state = weight.quant_state
+    with torch._C.DisableTorchFunctionSubclass():  # or each look at bitsandbytes' kind of tensor takes the host 2 us
+        if _on_nvidia(weight):
+            return nf4_dequantise(weight.data, absmax_of(state), tuple(state.shape), dtype)
+        return bnb.functional.dequantize_4bit(weight.view(-1, 1), state).to(dtype)

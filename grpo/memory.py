@@ -125,9 +125,9 @@ def kept_bytes(model: Dims, *, tokens: int) -> int:
     """What a layer that keeps its activations takes from its forward to its backward pass, beside its input.
 
     In bf16 and for the layers that `grpo.layers` takes over, a token's: both norms' results, the second one's input,
-    queries, attention's result, keys and values, gate, up and their product; where one product makes queries, keys and
-    values (Phi-3), that as well, and attention's result in another order; a twentieth more for the adapters'."""
-    values = 7 * model.hidden + 3 * model.kv_heads * model.head_dim + 3 * model.intermediate
+    queries, attention's result, keys and values, gate and up; where one product makes queries, keys and values (Phi-3),
+    that as well, and attention's result in another order; a twentieth more for the adapters'."""
+    values = 7 * model.hidden + 3 * model.kv_heads * model.head_dim + 2 * model.intermediate
     return int(1.05 * 2 * tokens * values)
 
 

@@ -105,9 +105,7 @@ class HostInputs:
         if far is None:
             raise RuntimeError("the layers' inputs were brought back already: one backward pass is all there is")
         device = "cpu" if self.side is None else self.side.device
-        near = torch.empty(
-            far.shape, dtype=far.dtype, device=device
-        )  # of the computation's stream, as it is freed there
+        near = torch.empty(far.shape, dtype=far.dtype, device=device)  # the computation's stream's, which frees it
         return near, self._copy(near, far)
 
     def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:

@@ -1,7 +1,6 @@
 """Norms, gated MLPs and adapted layers in fewer passes: values and gradients are transformers' and PEFT's (in bf16:
 test_lora.py)."""
 
-import functools
 import gc
 import weakref
 
@@ -11,7 +10,9 @@ from peft.tuners.lora.bnb import Linear4bit
 from test_lora import IDS, in_bf16, moved, relative_error, run
 
 import grpo.layers
+import grpo.lora
 from grpo.layers import MLPS, NORMS, fuse_layers
+from grpo.lora import handed_out
 from grpo.models import load_policy
 
 LAYERS = {"llama": 7, "qwen2": 7, "mistral": 7, "phi3": 4}
@@ -103,12 +104,101 @@ def test_another_activation_is_left_alone(model_folder):
 
 def test_gate_and_up_of_two_types(model_folder):
     """A checkpoint that leaves one of them in 16 bits, under autocast: torch takes the wider type."""
+
+    class InDouble(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x).double()
+
     policy = load_policy(model_folder(), lora_rank=3, fused=False)
     mlp = next(m for m in policy.modules() if type(m) in MLPS)
     x = torch.randn(2, 3, 64)
     fuse_layers(policy)
     expected = mlp(x)
-    up = mlp.up_proj.forward
-    mlp.up_proj.forward = lambda x: up(x).double()
-    mlp.down_proj.forward = functools.partial(lambda down, x: down(x.float()), mlp.down_proj.forward)
+    mlp.up_proj = InDouble(mlp.up_proj)
+    mlp.down_proj.register_forward_pre_hook(lambda down, x: x[0].float())
     torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def counted(monkeypatch):
+    """How many products each autograd function made in the forward passes to come."""
+    counts = []
+    for owner, name in ((grpo.layers._GatedMLP, "mlp"), (grpo.lora._LoraLinears, "linears")):
+        real = owner.forward
+
+        def forward(ctx, x, layers, *rest, real=real, name=name):
+            counts.append((name, len(layers)))
+            return real(ctx, x, layers, *rest)
+
+        monkeypatch.setattr(owner, "forward", staticmethod(forward))
+    return counts
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "once"),
+    [
+        ("llama", [("linears", 3), ("linears", 1), ("mlp", 3)]),
+        ("qwen2", [("linears", 3), ("linears", 1), ("mlp", 3)]),
+        ("phi3", [("linears", 1), ("linears", 1), ("mlp", 2)]),
+    ],
+)
+def test_products_of_one_input_are_one_function(model_folder, monkeypatch, architecture, once, grad):
+    policy = load_policy(model_folder(architecture), lora_rank=3)
+    counts = counted(monkeypatch)
+    with torch.set_grad_enabled(grad):
+        policy(input_ids=IDS)
+    assert counts == once * 2
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj,down_proj", "k_proj,gate_proj", "o_proj,gate_proj,up_proj"])
+def test_where_not_all_of_them_are_adapted(model_folder, monkeypatch, targets):
+    policy = moved(load_policy(model_folder(), lora_rank=3, lora_targets=targets, fused=False))
+    expected = run(policy)
+    fuse_layers(policy)
+    counts = counted(monkeypatch)
+    for a, e in zip(run(policy), expected):
+        assert relative_error(a, e) < 1e-5
+    assert counts == [("linears", 1)] * len(targets.split(",")) * 2
+
+
+def test_what_was_handed_out_serves_one_input_once(model_folder):
+    """And an error on the way leaves nothing behind."""
+    policy = moved(load_policy(model_folder(), lora_rank=3))
+    layers = [
+        m for n, m in policy.named_modules() if n.endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"))
+    ]
+    x = torch.randn(2, 3, 64)
+    expected = [layer(x) for layer in layers]
+    wrong = [torch.zeros_like(y) for y in expected]
+    with handed_out(layers, x, wrong):
+        assert layers[0](x) is wrong[0]
+        assert torch.equal(layers[0](x), expected[0])
+        assert torch.equal(layers[1](x.clone()), expected[1])
+    with pytest.raises(ZeroDivisionError), handed_out(layers, x, wrong):
+        raise ZeroDivisionError
+    assert [torch.equal(layer(x), y) for layer, y in zip(layers, expected)] == [True, True]
+
+
+def test_hooks_within_an_mlp_run(model_folder):
+    policy = load_policy(model_folder(), lora_rank=3)
+    seen = []
+    mlp = policy.get_base_model().model.layers[1].mlp
+    mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    policy(input_ids=IDS)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_gradients_in_float64(model_folder, architecture):
+    """By finite differences, of an MLP and an attention in their input, of which several products are made."""
+    policy = moved(load_policy(model_folder(architecture), lora_rank=3, lora_alpha=12)).double()
+    mlp = policy.get_base_model().model.layers[0].mlp
+    attention = policy.get_base_model().model.layers[0].self_attn
+    x = torch.randn(1, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    turn = torch.ones(1, 3, 16, dtype=torch.float64), torch.zeros(1, 3, 16, dtype=torch.float64)
+    for function in (mlp, lambda x: attention(hidden_states=x, position_embeddings=turn, attention_mask=None)[0]):
+        assert torch.autograd.gradcheck(function, x, fast_mode=True)

@@ -7,6 +7,7 @@ import importlib.metadata
 import pytest
 import torch
 from conftest import write_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
 import grpo.lora
@@ -124,9 +125,37 @@ def test_what_it_does_not_do_is_left_to_peft(model_folder, monkeypatch):
     assert taken == [1, 1]
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_frozen_halves_of_an_adapter_get_no_gradient(model_folder, frozen):
+    policy = moved(load_policy(model_folder(), lora_rank=3))
+    gradients = {}
+    for freeze in (False, True):
+        for n, p in policy.named_parameters():
+            p.requires_grad_("lora_" in n and not (freeze and frozen in n))
+        policy(input_ids=IDS).logits.square().sum().backward()
+        gradients[freeze] = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+        for p in policy.parameters():
+            p.grad = None
+    assert all(frozen not in n for n in gradients[True])
+    assert len(gradients[True]) == len(gradients[False]) / 2
+    assert all(torch.equal(g, gradients[False][n]) for n, g in gradients[True].items())
+
+
+def test_a_biased_adapter_is_left_to_peft(model_folder):
+    config = LoraConfig(r=2, target_modules=["up_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    policy = moved(get_peft_model(load_policy(model_folder(), lora_rank=1, fused=False).unload(), config))
+    expected = policy(input_ids=IDS).logits
+    assert fuse_adapters(policy) == 2
+    torch.testing.assert_close(policy(input_ids=IDS).logits, expected, rtol=0, atol=0)
+
+
 def test_few_rows_without_gradient(model_folder, monkeypatch):
     """What a decoding step on a GPU takes, by its torch reference here."""
-    monkeypatch.setattr(grpo.lora._LoraLinear, "apply", lambda *operands: grpo.lora._read_once(*operands[:5]))
+
+    def read_once(x, layers, **_):
+        return [grpo.lora._read_once(x.flatten(0, 1), layer).unflatten(0, x.shape[:2]) for layer in layers]
+
+    monkeypatch.setattr(grpo.lora, "lora_products", read_once)
     for architecture in ("llama", "qwen2"):
         policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12, fused=False))
         with torch.no_grad():

@@ -93,10 +93,9 @@ def test_kept_activations_are_what_autograd_holds(tmp_path, architecture):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             last_hidden(model, ids, use_cache=False)
         held.append(sum(size for address, size in saved.items() if address not in parameters))
-    silu = 400 * 512 * 4  # which the Triton kernel of a GPU does not keep
     for more, fewer in zip(held[1:], held):
-        bf16 = (more - fewer - silu) / 2
-        assert 0.8 < bf16 / kept_bytes(dims(model.config), tokens=400) <= 1
+        bf16 = (more - fewer) / 2
+        assert 0.78 < bf16 / kept_bytes(dims(model.config), tokens=400) <= 1
 
 
 @pytest.fixture
