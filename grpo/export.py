@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo.checkpoint import best_checkpoint, checkpoint_name, list_checkpoints, verify_checkpoint
 from grpo.cli import user_errors
-from grpo.models import load_tokenizer, resolve_model, stop_ids
+from grpo.models import load_tokenizer, multiply_in, resolve_model, stop_ids
 from grpo.report import read_completions
 from grpo.run import last_values, read_metrics, read_run
 
@@ -105,6 +105,7 @@ def load_base(folder: str, *, four_bit: bool, dtype: torch.dtype, device: str) -
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
     )
+    multiply_in(model, dtype)
     return model.eval()
 
 

@@ -1,6 +1,10 @@
-"""A transformers model's layers in fewer passes over memory, for training: norms, gated MLPs, adapted 4-bit layers."""
+"""A transformers model's layers in fewer passes over memory, for training: norms, attention's products and rotary
+embedding, gated MLPs, adapted 4-bit layers."""
 
+import contextlib
+import inspect
 import itertools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
-from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP, Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 from grpo.lora import (
@@ -26,12 +30,12 @@ from grpo.lora import (
     product,
     unflattened,
 )
+from grpo_kernels.rope import rope
 from grpo_kernels.swiglu import swiglu
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
-ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
-"""with products of their own for queries, keys and values"""
+ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)
 MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2")
 """of a transformers config: models whose layers are of these classes"""
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
@@ -43,25 +47,27 @@ class Fused(NamedTuple):
     adapters: int
     norms: int
     mlps: int
+    attentions: int
 
 
 def fuse_layers(model: PeftModel) -> Fused:
     """Take over the forward of the layers whose classes are known exactly; others stay as they are.
 
     RMSNorm by torch's own kernel: transformers writes the activations in fp32 several times. silu(gate) * up by
-    `grpo_kernels.swiglu`. Adapted 4-bit layers by `fuse_adapters`, which raises ValueError for another PEFT than it
-    knows; where all of a gated MLP's or of queries, keys and values are such, by one autograd function. Values are
-    rounded where transformers rounds them, the adapters' less often; parameters, names and files stay as they are.
-    A second call finds nothing left."""
+    `grpo_kernels.swiglu`, the rotary embedding by `grpo_kernels.rope`. Adapted 4-bit layers by `fuse_adapters`, which
+    raises ValueError for another PEFT than it knows; where all of a gated MLP's or of queries, keys and values are
+    such, by one autograd function. Values are rounded where vLLM rounds them: as transformers does, but adapters and
+    the rotary embedding less often. Parameters, names and files stay as they are. A second call finds nothing left."""
     norms = [m for m in model.modules() if type(m) in NORMS]
     mlps = [m for m in model.modules() if type(m) in MLPS and isinstance(_activation(m), SILU)]
     for norm in norms:
         norm.__class__ = _subclass(type(norm), _norm)
     for mlp in mlps:
         mlp.__class__ = _subclass(type(mlp), _mlp)
-    for attention in [m for m in model.modules() if type(m) in ATTENTIONS]:
-        attention.__class__ = _subclass(type(attention), _attention)
-    return Fused(fuse_adapters(model), len(norms), len(mlps))
+    attentions = [m for m in model.modules() if type(m) in ATTENTIONS]
+    for attention in attentions:
+        attention.__class__ = _subclass(type(attention), _attention(type(attention)))
+    return Fused(fuse_adapters(model), len(norms), len(mlps), len(attentions))
 
 
 def _subclass(kind: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
@@ -94,15 +100,44 @@ def _adapted(layers: Sequence[Any]) -> list[Adapted] | None:
     return found
 
 
-def _attention(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The three products at once, for transformers' own forward to ask its layers for."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    adapted = _adapted(layers)
-    forward = super(type(attention), attention).forward
-    if adapted is None:
-        return forward(hidden_states, *args, **kwargs)
-    with handed_out(layers, hidden_states, lora_products(hidden_states, adapted)):
-        return forward(hidden_states, *args, **kwargs)
+def _attention(kind: type[nn.Module]) -> Callable[..., Any]:
+    forward = _with_rope(kind)
+
+    def attend(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The three products at once, for transformers' own forward to ask its layers for."""
+        made: Any = contextlib.nullcontext()
+        if kind is not Phi3Attention:
+            layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+            adapted = _adapted(layers)
+            if adapted is not None:
+                made = handed_out(layers, hidden_states, lora_products(hidden_states, adapted))
+        with made:
+            return forward(attention, hidden_states, *args, **kwargs)
+
+    return attend
+
+
+def _with_rope(kind: type[nn.Module]) -> Callable[..., Any]:
+    """transformers' forward of that class, by whose name for the rotary embedding `rope` is found: a function of the
+    same code with globals of its own, so that no other model sees it."""
+    forward: Any = inspect.unwrap(kind.forward)
+    name = "apply_rotary_pos_emb"
+    if name not in forward.__code__.co_names:
+        raise ValueError(f"{kind.__name__}.forward calls no {name} in this release of transformers; pass fused=False")
+    theirs = forward.__globals__[name]
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k: [batch, heads, time, dim]"""
+        if not q.dtype == k.dtype == cos.dtype:
+            return theirs(q, k, cos, sin)
+        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    own = types.FunctionType(
+        forward.__code__, forward.__globals__ | {name: turned}, name, forward.__defaults__, forward.__closure__
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:

@@ -223,10 +223,7 @@ def load_policy(
     for parameter in base.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    for module in base.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
-            cast(Any, module.weight).quant_state.dtype = dtype
+    multiply_in(base, dtype)
     if gradient_checkpointing:
         # The second is the first's name before transformers 5.2x, and warns since.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -265,6 +262,16 @@ def load_policy(
         recompute_layers(policy)
     policy.train()
     return policy
+
+
+def multiply_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the 4-bit layers multiply in dtype, with and without gradients: a checkpoint may ask for another, and without
+    gradients bitsandbytes repacks weights for bf16 where a CPU has AVX512-BF16."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            cast(Any, module.weight).quant_state.dtype = dtype
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_policy(

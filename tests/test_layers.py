@@ -28,17 +28,33 @@ def test_equals_transformers_and_peft(model_folder, architecture, checkpointing)
             m.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
     expected = run(policy)
     names = list(policy.state_dict())
-    assert fuse_layers(policy) == (2 * LAYERS[architecture], 2 * 2 + 1, 2)
+    assert fuse_layers(policy) == (2 * LAYERS[architecture], 2 * 2 + 1, 2, 2)
     actual = run(policy)
     for a, e in zip(actual, expected):
         assert relative_error(a, e) < 1e-5
     assert list(policy.state_dict()) == names
-    assert fuse_layers(policy) == (0, 0, 0)  # twice is once
+    assert fuse_layers(policy) == (0, 0, 0, 0)  # twice is once
 
 
 def test_load_policy_fuses(model_folder):
-    assert fuse_layers(load_policy(model_folder(), lora_rank=3)) == (0, 0, 0)
-    assert fuse_layers(load_policy(model_folder(), lora_rank=3, fused=False)) == (14, 5, 2)
+    assert fuse_layers(load_policy(model_folder(), lora_rank=3)) == (0, 0, 0, 0)
+    assert fuse_layers(load_policy(model_folder(), lora_rank=3, fused=False)) == (14, 5, 2, 2)
+
+
+def test_no_other_model_sees_it(model_folder):
+    """The rotary embedding is another function in the taken-over attention alone."""
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+    theirs = module.apply_rotary_pos_emb
+    fuse_layers(load_policy(model_folder(), lora_rank=3))
+    assert module.apply_rotary_pos_emb is theirs
+    assert module.LlamaAttention.forward.__globals__["apply_rotary_pos_emb"] is theirs
+
+    class Other(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"Other.forward calls no apply_rotary_pos_emb .* pass fused=False"):
+        grpo.layers._with_rope(Other)
 
 
 def test_a_model_that_is_dropped_is_gone(model_folder):
@@ -56,7 +72,7 @@ def test_a_model_that_is_dropped_is_gone(model_folder):
         gc.enable()
 
 
-@pytest.mark.parametrize("part", ["norms", "mlps"])
+@pytest.mark.parametrize("part", ["norms", "rope", "mlps"])
 def test_each_part_is_in_use(model_folder, monkeypatch, part):
     """What is taken over is what runs: with a wrong formula the logits differ."""
     policy = moved(load_policy(model_folder(), lora_rank=3, fused=False))
@@ -64,6 +80,8 @@ def test_each_part_is_in_use(model_folder, monkeypatch, part):
     fuse_layers(policy)
     if part == "norms":
         monkeypatch.setattr(grpo.layers.F, "rms_norm", lambda x, *_: x)
+    elif part == "rope":
+        monkeypatch.setattr(grpo.layers, "rope", lambda q, k, *_: (q, k))
     else:
         monkeypatch.setattr(grpo.layers, "swiglu", lambda gate, up: gate * up)
     assert relative_error(run(policy)[0], expected) > 0.1

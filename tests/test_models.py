@@ -28,10 +28,12 @@ IDS = torch.tensor([[1, 9, 10, 11]])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, architecture):
+def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, architecture, monkeypatch):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)  # a CPU for which it has products of its own
     policy = load_policy(model_folder(architecture), lora_rank=4)
     base = policy.get_base_model()
     linears = {n.split(".")[-2] for n, m in policy.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in policy.modules())
     fused = architecture == "phi3"
     attention = {"qkv_proj", "o_proj"} if fused else {"q_proj", "k_proj", "v_proj", "o_proj"}
     mlp = {"gate_up_proj", "down_proj"} if fused else {"gate_proj", "up_proj", "down_proj"}

@@ -37,7 +37,7 @@ def with_adapter(rank: int, *, gated: Literal["x", "y"] | None = None) -> tuple[
         key = (weight.shape, x.dtype)
         if key not in made:  # at the first call: a capture of the second may draw no numbers
             # Where every tile's rows divide them, as real layers' do: else the kernel leaves the adapter to torch.
-            ends = (256, 512, weight.rows) if weight.rows > 512 else (weight.rows,)
+            ends: tuple[int, ...] = (256, 512, weight.rows) if weight.rows > 512 else (weight.rows,)
             ends = (weight.rows // 2, weight.rows) if gated == "y" else ends
             generator = torch.Generator(x.device).manual_seed(1)
             a = torch.randn(len(ends) * rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
