@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -86,7 +87,8 @@ class Smi(threading.Thread):
         self.metrics, self.lines = metrics, lines
 
     def __enter__(self) -> "Smi":
-        command = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=20"
+        card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        command = f"nvidia-smi --id={card} --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=20"
         self.process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
         self.seen: list[tuple[float, float]] = []
         """seconds since the epoch, GB"""

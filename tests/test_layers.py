@@ -2,6 +2,7 @@
 test_lora.py)."""
 
 import gc
+import importlib
 import weakref
 
 import pytest
