@@ -244,7 +244,7 @@ def test_more_requests_than_sequences_wait_their_turn(fresh, at_a_time):
     fresh.make_engine()
     assert [c.token_ids for c in in_turn] == [c.token_ids for c in at_once]
     for one, other in zip(at_once, in_turn):
-        torch.testing.assert_close(torch.tensor(one.logps), torch.tensor(other.logps), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(one.logps), torch.tensor(other.logps), rtol=0, atol=3e-5)
 
 
 @needs_vllm
