@@ -20,7 +20,7 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, nf4_linear, policy_terms, rope, swiglu
+from grpo_kernels import linear_logprob, nf4_linear, policy_terms, rope, swiglu, token_logprob
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -49,6 +49,8 @@ for narrow, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
 
 for dtype in ("bf16", "fp16"):
     pointers = dict.fromkeys("grad gate up out grad_gate grad_up".split(), dtype)
+    known = types({"logits": dtype, "tokens": "i64", "out": "fp32"}, "stride token_stride vocabulary", "")
+    compile(token_logprob._token_logprob_kernel, known, token_logprob.WARPS, BLOCK=token_logprob.BLOCK)
     for kernel in (swiglu._forward_kernel, swiglu._backward_kernel):
         compile(kernel, types(pointers, "grad_stride gate_stride up_stride columns", ""), 4, BLOCK=swiglu.BLOCK)
 

@@ -41,6 +41,26 @@ def test_the_kernels_agree_with_an_adapter_too(weights, monkeypatch):
     assert "values differ" in nf4.disagreement(nf4.fused, reference, weights, (1, 17), torch.float16)
 
 
+def test_gate_times_up_in_bf16_passes(monkeypatch):
+    """Each value rounded where the kernel rounds it, of a product large enough that next to a large gate some of what
+    is multiplied by it nearly cancels (on an H100 such a product was refused); a wrong value is still found."""
+    [weight] = share([linear4bit(2048, 512, seed=0)])
+    wrong = 0.0
+
+    def kernel(x, packed, absmax, shape, *, lora, gated):
+        y = x.float() @ nf4.dequantized(weight, torch.float32).T
+        y += torch.cat([x.float() @ a.float().T @ b.float().T for _, a, b in lora.slices()], 1)
+        y = nf4.swiglu_reference(*y.to(x.dtype).chunk(2, -1))
+        y[-1, -1] += wrong * y.float().square().mean().sqrt()
+        return y
+
+    monkeypatch.setattr(nf4, "nf4_linear", kernel)
+    both = nf4.with_adapter(16, gated="y")
+    assert nf4.disagreement(*both, [weight], (256,), torch.bfloat16, gated="y") is None
+    wrong = 0.5
+    assert "values differ" in nf4.disagreement(*both, [weight], (256,), torch.bfloat16, gated="y")
+
+
 def test_one_weight_of_each_shape_is_tried_at_each_count_of_rows(weights):
     tried = []
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from grpo.memory import GIB, dims
 from grpo_kernels.nf4_linear import FEW_ROWS_TILE, FUSED_RANK, FUSED_ROWS, Lora, nf4_linear
+from grpo_kernels.token_logprob import token_logprob
 from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling
 from grpo_rollout.lora_slots import Slot, adapters, copy_adapter, plan, slices, stale
@@ -616,7 +617,10 @@ def __getattr__(name: str) -> Any:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker as Worker
     else:
+        from vllm.v1.worker.gpu.sample import logprob
         from vllm.v1.worker.gpu_worker import Worker
+
+        logprob.compute_token_logprobs = _quick_logprobs(logprob.compute_token_logprobs)
 
     class AdapterWorker(Worker):
         def load_model(self, **settings: Any) -> None:
@@ -631,6 +635,18 @@ def __getattr__(name: str) -> Any:
             super().load_model(**settings)
 
     return AdapterWorker
+
+
+def _quick_logprobs(theirs: Callable) -> Callable:
+    """vLLM's log-probabilities of tokens by `token_logprob`: its kernel reads a row of logits twice, 1024 at a time."""
+
+    def compute_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary], [rows, tokens] -> [rows, tokens]"""
+        if token_ids.shape[1] == 1:
+            return token_logprob(logits, token_ids[:, 0])[:, None]
+        return theirs(logits, token_ids)
+
+    return theirs if theirs.__module__ == __name__ else compute_token_logprobs
 
 
 def _fuse_adapters(model: Any) -> Any:
