@@ -55,10 +55,11 @@ def test_gate_times_up_in_bf16_passes(monkeypatch):
         return y
 
     monkeypatch.setattr(nf4, "nf4_linear", kernel)
+    monkeypatch.setattr(nf4, "TOLERANCE", nf4.TOLERANCE / 2)  # 0.034 with rounded sums as reference, 0.015 without
     both = nf4.with_adapter(16, gated="y")
-    assert nf4.disagreement(*both, [weight], (256,), torch.bfloat16, gated="y") is None
+    assert nf4.disagreement(*both, [weight], (2048,), torch.bfloat16, gated="y") is None
     wrong = 0.5
-    assert "values differ" in nf4.disagreement(*both, [weight], (256,), torch.bfloat16, gated="y")
+    assert "values differ" in nf4.disagreement(*both, [weight], (2048,), torch.bfloat16, gated="y")
 
 
 def test_one_weight_of_each_shape_is_tried_at_each_count_of_rows(weights):

@@ -236,7 +236,8 @@ class VLLMEngine:
         }
         for gated, weights in kinds.items():
             tried, reference = nf4.with_adapter(rank, gated=gated)
-            reason = reason or nf4.disagreement(nf4.captured(tried), reference, weights, rows, self.dtype, gated=gated)
+            asked = [r for r in rows if gated != "y" or r <= FEW_ROWS_TILE]  # as `_apply_with_adapter` does
+            reason = reason or nf4.disagreement(nf4.captured(tried), reference, weights, asked, self.dtype, gated=gated)
         torch.cuda.empty_cache()
         if reason and required:
             raise ValueError(f"fused_lora=True, but the adapter within nf4_linear will not do here: {reason}")
