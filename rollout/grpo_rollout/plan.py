@@ -21,15 +21,16 @@ LONGEST_MICRO_BATCH = 16_384
 """tokens; larger micro-batches are no faster"""
 DEQUANTISE_TOKENS = 300
 """how many tokens' products take as long as dequantising the weights once, as each pass of a micro-batch does"""
-HOST_TOKENS = 4096
-"""how many tokens' kernels take as long as the host takes to launch a pass: shorter micro-batches wait for it"""
+HOST_LAYER_S, HOST_STEP_S = 3.5e-3, 4.1e-3
+"""what a host takes to launch one of a training pass's layers, and a decode step: small models and short micro-batches
+wait for it (of a slow host; 8 x 1,024 tokens of Llama 3.1 8B at 2,048 a micro-batch, 512 tokens of Qwen2.5 1.5B)"""
 OFFLOAD_COST = 1.05
 """how much longer a micro-batch takes whose layers' inputs travel to the host's memory and back"""
 SPARE = 0.05
 """of the limit: what kept activations leave free, since no run fails for want of them"""
-DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.86e12, 2.5e12, 3.4e14
-"""one H100's with Llama 3.1 8B (8, 64 and 256 x 256 tokens: 6.0, 8.3 and 18.5 ms a decode step; 0.57 s to train the
-first), for a rough forecast"""
+DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.9e12, 2.5e12, 5.5e14
+"""one H100's with Llama 3.1 8B (8, 64 and 256 x 256 tokens: 5.4, 8.2 and 20 ms a decode step; 0.28 s to train the
+first, its activations kept), for a rough forecast"""
 DECODE_SEQUENCES = 150
 """so many sequences more take as long again as reading the weights"""
 
@@ -87,10 +88,10 @@ def make_plan(
 
     config, modules: of `grpo.models.check_policy`. sequences: sampled in a step by this process.
     adapter: a trained adapter that is trained further: its rank and layers count, not `lora_rank` and `modules`.
-    micro_batch_tokens: None takes what fits, at most 16,384. gpu_memory_gb: GiB of the card for the whole process, as
-    nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded only where no
-    micro-batch would fit else, or one large enough to keep the card busy. Where memory is left, layers keep their
-    activations.
+    micro_batch_tokens: None takes what is fastest of what fits, at most 16,384. gpu_memory_gb: GiB of the card for the
+    whole process, as nvidia-smi shows it; None: what the card has (on a CPU no limit). Layers' inputs are offloaded
+    where the larger micro-batches that fit then save more than the copies cost, and layers keep their activations where
+    memory is left.
     Raises ValueError, with the memory by part and naming the flags, where nothing fits."""
     if gpu_memory_gb is not None and not 0 < gpu_memory_gb < math.inf:
         raise ValueError(f"--gpu-memory-gb {gpu_memory_gb:g} must be above 0; leave it out to use the whole card")
@@ -143,15 +144,17 @@ def make_plan(
             return 0
         return min(model.layers, max(0, spare) // kept_bytes(model, tokens=max(tokens, longest)))
 
-    def cost(way: tuple[int, bool]) -> float:
-        """Of a step of longest sequences: forward passes, second ones where they are not kept, backward passes."""
+    def seconds(way: tuple[int, bool]) -> float:
+        """Of a step of longest sequences: forward passes, second ones where they are not kept, backward passes (frozen
+        weights need no gradient of their own)."""
         tokens, offload = way
         micros = -(-sequences // max(1, tokens // longest))
-        busy = max(sequences * longest + micros * DEQUANTISE_TOKENS, micros * HOST_TOKENS)
-        return (3 - layers_kept(tokens, offload) / model.layers) * busy * (OFFLOAD_COST if offload else 1)
+        busy = (sequences * longest + micros * DEQUANTISE_TOKENS) * 2 * size.parameters / TRAIN_FLOPS
+        passes = 3 - layers_kept(tokens, offload) / model.layers
+        return passes * max(busy, micros * model.layers * HOST_LAYER_S) * (OFFLOAD_COST if offload else 1)
 
     ways = [(tokens, offload) for tokens in rows for offload in (False, True) if work(tokens, offload) <= left]
-    tokens, offload = min(ways, key=cost, default=(rows[-1], True))
+    tokens, offload = min(ways, key=seconds, default=(rows[-1], True))
     kept = layers_kept(tokens, offload)
     if not ways:
         need = sum(resident.values()) + work(tokens, True) + FRAGMENT_BYTES
@@ -165,8 +168,6 @@ def make_plan(
     if kept:
         train["kept activations"] = kept * kept_bytes(model, tokens=max(tokens, longest))
     generate_seconds = _forecast(model, size, sequences, engine.max_num_seqs, max_prompt_tokens, max_completion_tokens)
-    # Frozen weights need no gradient of their own.
-    train_seconds = cost((tokens, offload)) * 2 * size.parameters / TRAIN_FLOPS
     return Plan(
         limit,
         resident,
@@ -178,7 +179,7 @@ def make_plan(
         kept,
         sequences * longest,
         generate_seconds,
-        train_seconds,
+        seconds((tokens, offload)),
     )
 
 
@@ -193,12 +194,8 @@ def _forecast(
     """Seconds to generate a step whose completions are all as long as can be, on an H100."""
     weights = size.quantized_bytes + 2 * model.vocab * model.hidden  # one 16-bit matrix, the head, is read a token
     keys = at_a_time * (prompt_tokens + completion_tokens / 2) * kv_bytes_per_token(model)
-    rounds = -(-sequences // at_a_time)
-    return (
-        rounds
-        * completion_tokens
-        * (weights * (1 + at_a_time / DECODE_SEQUENCES) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S)
-    )
+    step = weights * (1 + at_a_time / DECODE_SEQUENCES) / DECODE_BYTES_PER_S + keys / KV_BYTES_PER_S
+    return -(-sequences // at_a_time) * completion_tokens * max(step, HOST_STEP_S)
 
 
 def describe(plan: Plan) -> str:

@@ -40,7 +40,9 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse)
             with torch.autocast("cuda", torch.bfloat16):
                 total += torch.tensor([relative_error(a.cpu(), e) for a, e in zip(run(policy, IDS), exact)])
             fuse(policy)
-    assert (ours < 1.1 * theirs).all()
+    # The gradients' errors are 0.2 to 0.7 and a matter of luck even in sums (on a CPU ours are 0.76 to 1.23 of PEFT's);
+    # those of wrong gradients are 1 and more.
+    assert (ours < torch.tensor([1.1, 1.6]) * theirs).all()
 
 
 def test_few_rows_without_gradient(tmp_path, monkeypatch):
