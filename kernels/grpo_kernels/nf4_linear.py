@@ -4,11 +4,13 @@ The weight is [N, K] with K a multiple of 64. packed holds two 4-bit codes a byt
 weights share one absmax: W[n, k] = NF4[code[n, k]] * absmax[n, k // 64] (QLoRA, https://arxiv.org/abs/2305.14314).
 
     rows        path
-    1 to 256    fused: reads the 4-bit codes once, decodes them in registers (Hopper, 16-bit x, K a multiple of 256)
+    1 to 16     fused, for few rows: each warp streams columns of 16 rows of W (`_few_rows_kernel`)
+    17 to 256   fused: tiles of W through shared memory (`_fused_kernel`)
     more        the weight dequantised into a buffer, by parts if it is large, and the vendor's matrix product
     no Triton   the whole weight dequantised in torch: the reference
 
-The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows x has:
+Fused: reads the 4-bit codes once, decodes them in registers (Hopper, 16-bit x, K a multiple of 256). It computes
+y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows x has:
 
 - Decode: a byte permute (PTX prmt) looks four codes up at once in eight bytes of table; the 16 values' low and high
   bytes fill eight registers. About three integer instructions a weight, no table in memory.
@@ -17,7 +19,7 @@ The fused kernel computes y^T = W x^T, so that W's rows fill the tensor cores' l
   what dequantising to bfloat16 costs, and 0.008% in float16. The scales multiply fp32 partial sums of 64 terms, so they
   add no error.
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
-  way (`_prepare_kernel`), which pads its rows to the tile as well.
+  way (`_prepare_kernel`), which pads its rows to the tile as well; for few rows it is read as it is.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 - A LoRA adapter costs no launch: x A^T is made beside the permuted x, in fp32 parts over k without atomics. The program
   that writes a tile of y adds the parts, rounds them to x's dtype, and adds their product with its rows of B to the
