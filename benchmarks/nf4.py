@@ -26,6 +26,9 @@ import tyro
 from torch import Tensor
 
 import grpo_kernels.nf4_linear as nf4
+from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
+from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE
+from grpo_kernels.nf4_prepare import Lora, Tiles
 
 try:
     import bitsandbytes as bnb
@@ -85,10 +88,10 @@ class Args:
 class Weight:
     shape: tuple[int, int]
     packed: Tensor
-    absmax: nf4.NestedAbsmax | Tensor
+    absmax: NestedAbsmax | Tensor
 
     def bytes(self) -> int:
-        nested = isinstance(self.absmax, nf4.NestedAbsmax)
+        nested = isinstance(self.absmax, NestedAbsmax)
         return self.packed.numel() + (self.absmax.quantised.numel() if nested else 4 * self.absmax.numel())
 
     def state(self):
@@ -116,7 +119,7 @@ def random_weight(shape: tuple[int, int], joined: bool = False) -> Weight:
     packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device=DEVICE)
     blocks = n * k // 64
     outer = torch.full((-(-blocks // 256),), 0.03, device=DEVICE)
-    absmax = nf4.NestedAbsmax(
+    absmax = NestedAbsmax(
         torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=DEVICE),
         torch.linspace(-1, 1, 256, device=DEVICE),
         outer,
@@ -173,13 +176,13 @@ def slice_ends(args: Args, shape: tuple[int, int]) -> tuple[int, ...]:
     return (shape[0],)
 
 
-def random_lora(args: Args, shape: tuple[int, int]) -> nf4.Lora:
+def random_lora(args: Args, shape: tuple[int, int]) -> Lora:
     (n, k), ends = shape, slice_ends(args, shape)
     a = torch.randn(len(ends) * args.lora, k, device=DEVICE) / k**0.5
-    return nf4.Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends)
+    return Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends)
 
 
-def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[nf4.Lora], fused: bool) -> Callable[[], None]:
+def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[Lora], fused: bool) -> Callable[[], None]:
     def run():
         for w, lora in zip(weights, loras):
             rows = x[w.shape[1]]
@@ -190,7 +193,7 @@ def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[nf4.Lora], 
     return run
 
 
-def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], nf4.Tiles]) -> Callable[[], None]:
+def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], Tiles]) -> Callable[[], None]:
     """tiles: of each shape."""
 
     def run():
@@ -206,7 +209,7 @@ def table(args: Args) -> None:
     states = [w.state() for w in weights] if bnb else []
     if args.expanded:
         for w in weights:
-            w.absmax = nf4.expand_absmax(w.absmax)
+            w.absmax = expand_absmax(w.absmax)
     packed_bytes = sum(w.bytes() for w in weights)
     count = sum(n * k for n, k in shapes) * layers
     plain = [torch.empty(w.shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02) for w in weights]
@@ -247,7 +250,7 @@ def check(args: Args) -> bool:
         full = torch.randn(n, k, device="cuda") * 0.02
         packed, state = bnb.functional.quantize_4bit(full, quant_type="nf4", compress_statistics=True)
         state.dtype = torch.bfloat16
-        absmax = nf4.absmax_of(state)
+        absmax = absmax_of(state)
         exact_weight = nf4.nf4_dequantise_reference(packed, absmax, (n, k), torch.float64)
         cells = []
         for rows in args.rows:
@@ -263,11 +266,11 @@ def check(args: Args) -> bool:
     return good
 
 
-def candidates(rows: int) -> list[nf4.Tiles]:
+def candidates(rows: int) -> list[Tiles]:
     """Tiles to try; splits are filled in for each shape. The first scale sums, the others weights."""
-    T = nf4.Tiles
+    T = Tiles
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
-    if rows <= nf4.FEW_ROWS_TILE:
+    if rows <= FEW_ROWS_TILE:
         few = [T(16, 8 if rows <= 8 else 16, 1, warps, 1) for warps in (2, 4, 8, 16)]
         few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (80, 96)]
         return list(dict.fromkeys([first, *few, T(64, 16, 1, 4, 2, wide=False)]))
@@ -292,11 +295,11 @@ def candidates(rows: int) -> list[nf4.Tiles]:
     return [first, *(tiles._replace(scaled=True) for tiles in found)]
 
 
-def all_candidates(args: Args) -> list[nf4.Tiles]:
+def all_candidates(args: Args) -> list[Tiles]:
     return list(dict.fromkeys(tiles for rows in args.rows for tiles in candidates(rows)))
 
 
-def fused_error(x: Tensor, weight: Weight, tiles: nf4.Tiles, exact: Tensor) -> float:
+def fused_error(x: Tensor, weight: Weight, tiles: Tiles, exact: Tensor) -> float:
     """Relative error; what the kernel leaves unwritten is NaN."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -311,13 +314,13 @@ def compile_tiles(args: Args) -> bool:
     tiles = all_candidates(args)[args.compile]
     weight = random_weight((304, 2048), args.joined)  # N a multiple of 16 as the real ones: no second compilation
     x = torch.randn(
-        tiles.rows - 3 if tiles.n == nf4.FEW_ROWS_TILE else 2 * tiles.rows - 3,
+        tiles.rows - 3 if tiles.n == FEW_ROWS_TILE else 2 * tiles.rows - 3,
         2048,
         device=DEVICE,
         dtype=torch.bfloat16,
     )
     exact = x.double() @ nf4.nf4_dequantise_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
-    for splits in (1,) if tiles.n == nf4.FEW_ROWS_TILE else (1, 2):
+    for splits in (1,) if tiles.n == FEW_ROWS_TILE else (1, 2):
         t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
             error = fused_error(x, weight, t, exact)
@@ -330,7 +333,7 @@ def compile_tiles(args: Args) -> bool:
     return True
 
 
-def compile_all(args: Args) -> set[nf4.Tiles]:
+def compile_all(args: Args) -> set[Tiles]:
     """The candidates that run and are right. Each is compiled and tried in a process of its own, all at once, so that
     one that fails or hangs takes no other with it."""
     command = [sys.executable, __file__, "--tune", *["--joined"] * args.joined, "--rows", *map(str, args.rows)]
@@ -348,9 +351,9 @@ def compile_all(args: Args) -> set[nf4.Tiles]:
     return good
 
 
-def splits_of(tiles: nf4.Tiles, n: int, k: int, rows: int, multiprocessors: int) -> list[int]:
+def splits_of(tiles: Tiles, n: int, k: int, rows: int, multiprocessors: int) -> list[int]:
     """Splits worth a try: the programs fill the multiprocessors, in few enough pieces."""
-    if tiles.n == nf4.FEW_ROWS_TILE:
+    if tiles.n == FEW_ROWS_TILE:
         return [1]
     programs = -(-n // tiles.n) * -(-rows // tiles.rows)
     most = (10 if rows <= 64 else 5) * multiprocessors
@@ -358,7 +361,7 @@ def splits_of(tiles: nf4.Tiles, n: int, k: int, rows: int, multiprocessors: int)
     return [1, *(s for s in more if k // s >= 512)]
 
 
-def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], nf4.Tiles], args: Args) -> float:
+def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], Tiles], args: Args) -> float:
     """us of one layer's part of weights; NaN, and a line, if it fails."""
     try:
         layers = args.layers or MODELS[args.model][1]
@@ -369,8 +372,8 @@ def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int,
 
 
 def tune_shape(
-    weights: list[Weight], x: Tensor, args: Args, good: set[nf4.Tiles], first: dict[str, nf4.Tiles]
-) -> dict[nf4.Tiles, float]:
+    weights: list[Weight], x: Tensor, args: Args, good: set[Tiles], first: dict[str, Tiles]
+) -> dict[Tiles, float]:
     """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name."""
     w, rows = weights[0], len(x)
     n, k = w.shape
@@ -405,7 +408,7 @@ def tune_shape(
     return {t: times[t] for t in ranked}
 
 
-def tune(args: Args, good: set[nf4.Tiles]) -> None:
+def tune(args: Args, good: set[Tiles]) -> None:
     """good: the tiles to try."""
     shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
     weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]

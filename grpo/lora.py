@@ -13,7 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from grpo_kernels.nf4_linear import BLOCK, Lora, absmax_of, choose_backend, nf4_dequantise, nf4_linear, triton
+from grpo_kernels.nf4_dequantise import BLOCK, absmax_of, nf4_dequantise, triton
+from grpo_kernels.nf4_linear import choose_backend, nf4_linear
+from grpo_kernels.nf4_prepare import Lora
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""

@@ -20,7 +20,8 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, nf4_linear, policy_terms, rope, swiglu, token_logprob
+from grpo_kernels import linear_logprob, nf4_dequantise, nf4_few_rows, nf4_linear, nf4_prepare
+from grpo_kernels import policy_terms, rope, swiglu, token_logprob
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -111,7 +112,7 @@ def compile_few_rows(rows, n, nested, dtype, rank, gated):
     choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
     choices |= {"GATED": gated} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
     known = types(pointers, integers, "factor")
-    compile(nf4_linear._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
+    compile(nf4_few_rows._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
     return tiles
 
 few = {compile_few_rows(8, 1024, True, "bf16", 16, False), compile_few_rows(8, 2**17, False, "fp16", None, True)}
@@ -132,11 +133,11 @@ for made, gated, (rank, height) in itertools.product(("bf16", "fp16", None), (Fa
         integers += " shrink_programs shrunk_rows slices share"
         choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
     known = types(pointers, integers, "")
-    used = compile(nf4_linear._prepare_kernel, known, 16 if scaled else 4, 5 if rank == 12 else 3, PDL=True, **choices)
+    used = compile(nf4_prepare.prepare_kernel, known, 16 if scaled else 4, 5 if rank == 12 else 3, PDL=True, **choices)
     assert used <= 48 * 1024, (rank, used)  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")
-compile(nf4_linear._dequantise_kernel, known, 4, NESTED=True, BLOCKS=32)
+compile(nf4_dequantise._dequantise_kernel, known, 4, NESTED=True, BLOCKS=32)
 """
 
 

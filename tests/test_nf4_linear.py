@@ -9,7 +9,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from grpo_kernels import nf4_linear as nf4
-from grpo_kernels.nf4_linear import Lora, NestedAbsmax, Tiles, absmax_of, nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
+from grpo_kernels.nf4_few_rows import block_ptx
+from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
+from grpo_kernels.nf4_prepare import SHRINK_BLOCK, Lora, Tiles, _shrink_splits, lora_fits
 from grpo_kernels.swiglu import swiglu
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
@@ -213,7 +217,7 @@ def test_any_adapter(rank, ends, fits, backend):
     """What the fused kernel cannot add is added after it. x has strides and leading axes, and is left as it is."""
     x, packed, absmax, _ = problem(200, 256, 6)
     lora = adapter(256, rank, ends)
-    assert nf4._lora_fits(lora, 64) == fits
+    assert lora_fits(lora, 64) == fits
     exact = exact_product(x, packed, absmax, (200, 256), None, lora)
     spaced = torch.full((2, 3, 600), float("nan"), dtype=x.dtype)
     spaced[..., 3:515:2] = x.view(2, 3, 256)
@@ -326,8 +330,8 @@ def test_adapter_of_zeros_changes_no_bit():
 def test_parts_of_the_product_with_a():
     for rows, rank, slices in itertools.product((16, 32, 64, 128, 300), (16, 32, 64), (1, 2, 3)):
         for k in (256, 1536, 4096, 14336, 28672):
-            share, splits = nf4._shrink_splits(-(-rows // 16) * slices, rows, k, rank, 132)
-            blocks = k // nf4.SHRINK_BLOCK
+            share, splits = _shrink_splits(-(-rows // 16) * slices, rows, k, rank, 132)
+            blocks = k // SHRINK_BLOCK
             assert share * splits >= blocks > share * (splits - 1)  # all columns, and no program without work
             assert splits <= 16
 
@@ -387,7 +391,7 @@ def test_gradient(backend, monkeypatch):
 
 def constants(dtype):
     """What a lane has in registers, as uint32."""
-    lanes = nf4._constants(dtype, torch.device("cpu"))
+    lanes = lookup_constants(dtype, torch.device("cpu"))
     assert lanes.shape == (5, 32)
     assert (lanes == lanes[:, :1]).all()
     return lanes[:, 0].numpy().view(np.uint32)
@@ -400,15 +404,15 @@ def constants(dtype):
 )
 def test_ptx_of_the_lookup(dtype, in_registers):
     """Executes the PTX for every 16-bit half of a word, and compares bit for bit with the table."""
-    scale = 1.0 if dtype == torch.float32 else nf4.TABLE_SCALE[dtype]
+    scale = 1.0 if dtype == torch.float32 else TABLE_SCALE[dtype]
     word = (np.arange(2**16) | np.random.default_rng(0).permutation(2**16) << 16).astype(np.uint32)
     size = 2 * dtype.itemsize
     registers = {f"${size}": word}
     if in_registers:
         registers |= {f"${5 + 2 * i}": c for i, c in enumerate(constants(dtype))}
-    registers = run_ptx(nf4.lookup_ptx(dtype, scale, registers=in_registers), registers)
+    registers = run_ptx(lookup_ptx(dtype, scale, registers=in_registers), registers)
     outputs = [registers[f"${i}"] for i in range(size)]
-    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype)
+    table = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype)
     values = torch.from_numpy(np.stack(outputs, -1).view(np.int32)).view(dtype)  # [2 ** 16, 8], k = 0..7
     assert values.shape == (2**16, 8)
     for i in range(4):
@@ -423,10 +427,10 @@ def test_ptx_of_the_scaled_lookup(which):
     random = np.random.default_rng(0)
     word = random.integers(0, 2**32, 4096, dtype=np.uint32)
     scales = (random.random((4096, 2)) * 2.0 ** random.integers(-12, 15, (4096, 2))).astype(np.float16)
-    source = nf4.lookup_ptx(torch.float16, nf4.TABLE_SCALE[torch.float16], which)
+    source = lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], which)
     registers = run_ptx(source, {"$4": word, "$5": scales.view(np.uint32)[:, 0]})
     values = np.stack([registers[f"${i}"] for i in range(4)], -1).view(np.float16)  # [4096, 8], k = 0..7
-    table = (np.array(nf4.NF4) * nf4.TABLE_SCALE[torch.float16]).astype(np.float16)
+    table = (np.array(NF4) * TABLE_SCALE[torch.float16]).astype(np.float16)
     for i in range(4):
         byte = word >> (8 * i) & 255
         for odd, codes in enumerate((byte >> 4, byte & 15)):
@@ -448,8 +452,8 @@ def test_ptx_of_a_block(dtype, columns):
     for column, i in itertools.product(range(columns), range(4)):
         operands[f"${first + 2 + 4 * column + i}"] = words[g + 8 * column, 4 * t + i]
     operands |= {f"${first + 2 + 4 * columns + i}": constant for i, constant in enumerate(constants(dtype))}
-    sums = run_ptx(nf4.block_ptx(dtype, columns), operands)
-    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * nf4.TABLE_SCALE[dtype]).to(dtype).double().numpy()
+    sums = run_ptx(block_ptx(dtype, columns), operands)
+    table = (torch.tensor(NF4, dtype=torch.float64) * TABLE_SCALE[dtype]).to(dtype).double().numpy()
     exact = table[codes.astype(np.int64)] @ x.double().numpy().T  # [16, 8 * columns]
     for column, i in itertools.product(range(columns), range(4)):
         expected = exact[g + 8 * (i // 2), 8 * column + 2 * t + i % 2]
@@ -521,8 +525,8 @@ def test_table_rounds_better_than_dequantising(dtype):
     """The table's error, weighted as the codes of Gaussian weights, is half of that of rounding products."""
     _, packed, absmax, state = problem(256, 1024, 1, nested=False)
     exact = nf4.nf4_dequantise_reference(packed, absmax, (256, 1024), torch.float64)
-    scale = nf4.TABLE_SCALE[dtype]
-    table = (torch.tensor(nf4.NF4, dtype=torch.float64) * scale).to(dtype).double() / scale
+    scale = TABLE_SCALE[dtype]
+    table = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).double() / scale
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1).view(-1, 64).int()
     ours = (table[codes] * absmax.double()[:, None]).view(256, 1024)
     theirs = bitsandbytes_weight(packed, state, dtype)
@@ -536,7 +540,7 @@ def test_scales():
     from bitsandbytes.functional import dequantize_blockwise
 
     expected = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    torch.testing.assert_close(nf4.expand_absmax(absmax), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(expand_absmax(absmax), expected, rtol=1e-6, atol=0)
     state.quant_type = "fp4"
     with pytest.raises(ValueError, match="nf4"):
         absmax_of(state)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from grpo.models import load_policy
-from grpo_kernels.nf4_linear import NestedAbsmax, nf4_dequantise, nf4_linear
+from grpo_kernels.nf4_dequantise import NestedAbsmax, nf4_dequantise
+from grpo_kernels.nf4_linear import nf4_linear
 from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
 
 

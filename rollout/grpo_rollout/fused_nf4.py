@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from grpo_kernels.nf4_linear import BLOCK, FUSED_ROWS, Lora, NestedAbsmax, is_hopper, nf4_linear
+from grpo_kernels.nf4_dequantise import BLOCK, NestedAbsmax
+from grpo_kernels.nf4_linear import FUSED_ROWS, is_hopper, nf4_linear
+from grpo_kernels.nf4_prepare import Lora
 from grpo_kernels.swiglu import swiglu_reference
 from grpo_rollout.shared_weights import Quantized, dequantized
 

@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from grpo_kernels.nf4_linear import NestedAbsmax
+from grpo_kernels.nf4_dequantise import NestedAbsmax
 
 
 class Quantized(NamedTuple):
