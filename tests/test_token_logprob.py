@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels.token_logprob import BLOCK, token_logprob, triton
+from grpo_rollout.vllm_engine import _quick_logprobs
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="no Triton"))]
 
@@ -52,6 +53,24 @@ def test_strides(backend):
     tokens = torch.tensor([[3, 0], [32, 1], [0, 2], [7, 3]])[:, 0]
     made = token_logprob(logits, tokens, backend=backend)
     torch.testing.assert_close(made.double(), exact(logits, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_in_the_place_of_vllms():
+    """One token a row goes to the kernel, several to vLLM's own function; put in twice, nothing changes."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def theirs(logits, token_ids):
+        asked.append(token_ids.shape)
+        return logits.log_softmax(1).gather(1, token_ids)
+
+    ours = _quick_logprobs(theirs)
+    tokens = torch.tensor([[4, 0], [49, 1], [0, 7]])
+    one, several = ours(logits, tokens[:, :1]), ours(logits, tokens)
+    assert asked == [(3, 2)]
+    assert one.shape == (3, 1)
+    torch.testing.assert_close(one, several[:, :1])
+    assert _quick_logprobs(ours) is ours
 
 
 @pytest.mark.parametrize(
