@@ -3,7 +3,6 @@ embedding, gated MLPs, adapted 4-bit layers."""
 
 import contextlib
 import inspect
-import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from grpo.lora import (
     gradients,
     handed_out,
     lora_products,
-    product,
+    products,
     unflattened,
 )
 from grpo_kernels.rope import rope
@@ -164,9 +163,9 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layers: Sequence[Adapted], read: bool, *adapters: Tensor) -> Tensor:
         flat = flattened(x)
         *first, down = layers
-        made, saved = zip(*(product(flat, layer) for layer in first))
-        y, saved_down = product(swiglu(*_gate_and_up(made)), down, read=read)
-        ctx.save_for_backward(flat, *made, *itertools.chain(*saved, saved_down))
+        made, saved = products(flat, first)
+        [y], saved_down = products(swiglu(*_gate_and_up(made)), [down], read=read)
+        ctx.save_for_backward(flat, *made, *saved, *saved_down)
         ctx.layers, ctx.like = layers, (x.shape, x.dtype)
         return unflattened(y, x.shape, x.dtype)
 

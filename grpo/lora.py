@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -156,36 +155,44 @@ def adapters(layers: Sequence[Adapted]) -> list[Tensor]:
 
 def _read_once(x: Tensor, layer: Adapted) -> Tensor:
     """For few rows, without gradient: the 4-bit weight is not dequantised to memory first."""
-    low, scaled, bias = _operands(layer, x.dtype)
     weight = layer.base.weight
     state = weight.quant_state
     shape = (state.shape[0], state.shape[1])
-    return nf4_linear(x, weight.data, absmax_of(state), shape, bias, lora=Lora(low, scaled, shape[:1]))
+    lora = Lora(layer.a.to(x.dtype), _scaled(layer, x.dtype), shape[:1])
+    return nf4_linear(x, weight.data, absmax_of(state), shape, _bias(layer, x.dtype), lora=lora)
 
 
-def _operands(layer: Adapted, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
-    """A, B with the scaling in it, and the bias, in the products' dtype."""
-    a, b, bias = layer.a, layer.b, layer.base.bias
-    scaled = b.to(dtype) if layer.scaling == 1 else _scaled(b, layer.scaling, dtype)
-    return a.to(dtype), scaled, None if bias is None else bias.to(dtype)
+def _bias(layer: Adapted, dtype: torch.dtype) -> Tensor | None:
+    bias = layer.base.bias
+    return None if bias is None else bias.to(dtype)
 
 
-def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """In one pass, and rounded once."""
-    return torch.mul(b, scaling, out=torch.empty_like(b, dtype=dtype))
+def _scaled(layer: Adapted, dtype: torch.dtype) -> Tensor:
+    """scaling * B, in one pass, and rounded once."""
+    b = layer.b
+    return b.to(dtype) if layer.scaling == 1 else torch.mul(b, layer.scaling, out=torch.empty_like(b, dtype=dtype))
 
 
-def product(x: Tensor, layer: Adapted, *, read: bool = True) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype; not differentiable.
-    And what `gradients` needs beside x: x A^T, A and scaling * B. read: whether y's values matter; if not, they are
-    not computed."""
-    low, scaled, bias = _operands(layer, x.dtype)
+def products(x: Tensor, layers: Sequence[Adapted], *, read: bool = True) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Each layer's x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype; not
+    differentiable. And what `gradients` needs beside x: x A^T for the As one below the other, these, and each
+    scaling * B. read: whether the results' values matter; if not, they are not computed."""
+    lows = [layer.a for layer in layers]
+    low = (lows[0] if len(lows) == 1 else torch.cat(lows)).to(x.dtype)
     shrunk = F.linear(x, low)
-    if read:
-        y = F.linear(x, _weight(layer.base, x.dtype), bias).addmm_(shrunk, scaled.t())
-    else:
-        y = x.new_empty(len(x), len(scaled))
-    return y, (shrunk, low, scaled)
+    scaled = [_scaled(layer, x.dtype) for layer in layers]
+    results = []
+    for layer, b, part in zip(layers, scaled, _parts(shrunk, layers, 1)):
+        if read:
+            results.append(F.linear(x, _weight(layer.base, x.dtype), _bias(layer, x.dtype)).addmm_(part, b.t()))
+        else:
+            results.append(x.new_empty(len(x), len(b)))
+    return results, (shrunk, low, *scaled)
+
+
+def _parts(joined: Tensor, layers: Sequence[Adapted], dim: int) -> Sequence[Tensor]:
+    """Views: each layer's ranks."""
+    return joined.split([len(layer.a) for layer in layers], dim)
 
 
 def gradients(
@@ -193,22 +200,28 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of x, from all the layers' products of it, and of each layer's A and B in turn; None where `needs` says no.
 
-    grads: of each layer's y, [tokens, out], in the dtype of products. saved: what each `product` said, in a row."""
+    grads: of each layer's y, [tokens, out], in the dtype of products. saved: what `products` said."""
     needs_x, *needs_adapters = needs
+    shrunk, low, *scaled = saved
+    grad_shrunk = torch.empty_like(shrunk)
+    for grad, b, part in zip(grads, scaled, _parts(grad_shrunk, layers, 1)):
+        torch.mm(grad, b, out=part)
     grad_x = None
-    of_adapters: list[Tensor | None] = []
-    for i, (grad, layer) in enumerate(zip(grads, layers)):
-        shrunk, low, scaled = saved[3 * i : 3 * i + 3]
-        grad_shrunk = torch.mm(grad, scaled)
-        if needs_x:  # summed in place
+    if needs_x:  # summed in place
+        for grad, layer in zip(grads, layers):
             weight = _weight(layer.base, grad.dtype)
             grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
-            grad_x.addmm_(grad_shrunk, low)
-        grad_a = _mm(grad_shrunk.t(), x, layer.a.dtype) if needs_adapters[2 * i] else None
-        grad_b = _mm(grad.t(), shrunk, layer.b.dtype) if needs_adapters[2 * i + 1] else None
+    if grad_x is not None:
+        grad_x.addmm_(grad_shrunk, low)
+    of_a: Sequence[Tensor | None] = [None] * len(layers)
+    if any(needs_adapters[::2]):
+        of_a = _parts(_mm(grad_shrunk.t(), x, layers[0].a.dtype), layers, 0)
+    of_adapters: list[Tensor | None] = []
+    for i, (grad, layer, grad_a, part) in enumerate(zip(grads, layers, of_a, _parts(shrunk, layers, 1))):
+        grad_b = _mm(grad.t(), part, layer.b.dtype) if needs_adapters[2 * i + 1] else None
         if grad_b is not None and layer.scaling != 1:
             grad_b.mul_(layer.scaling)
-        of_adapters += (grad_a, grad_b)
+        of_adapters += (grad_a if needs_adapters[2 * i] else None, grad_b)
     return [grad_x, *of_adapters]
 
 
@@ -218,8 +231,8 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[Adapted], read: bool, *adapters: Tensor) -> tuple[Tensor, ...]:
         flat = flattened(x)
-        results, saved = zip(*(product(flat, layer, read=read) for layer in layers))
-        ctx.save_for_backward(flat, *itertools.chain.from_iterable(saved))
+        results, saved = products(flat, layers, read=read)
+        ctx.save_for_backward(flat, *saved)
         ctx.layers, ctx.like = layers, (x.shape, x.dtype)
         return tuple(unflattened(y, x.shape, x.dtype) for y in results)
 

@@ -164,17 +164,40 @@ def test_few_rows_without_gradient(model_folder, monkeypatch):
             assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
+def test_neighbours_of_other_ranks_and_frozen_parts(model_folder, fuse):
+    """The As of q, k, v and of gate, up are multiplied as one, whatever each layer's rank, and what of them is frozen."""
+    policy = moved(load_policy(model_folder(), lora_rank=4, lora_alpha=12, fused=False))
+    generator = torch.Generator().manual_seed(2)
+    for name, module in policy.named_modules():
+        if name.endswith(("k_proj", "up_proj")):
+            rank = 3 if name.endswith("k_proj") else 7
+            for part, shape in (
+                (module.lora_A, (rank, module.in_features)),
+                (module.lora_B, (module.out_features, rank)),
+            ):
+                part["default"].weight = torch.nn.Parameter(0.2 * torch.randn(shape, generator=generator))
+        if name.endswith("v_proj"):
+            module.lora_A["default"].weight.requires_grad_(False)
+        if name.endswith("gate_proj"):
+            module.lora_B["default"].weight.requires_grad_(False)
+    expected = run(policy)
+    fuse(policy)
+    for a, e in zip(run(policy), expected):
+        assert relative_error(a, e) < 1e-5
+
+
 def test_decoding_is_what_inference_mode_says(model_folder, monkeypatch):
     """Where the kernel applies it decodes, and nothing else: a check of the sampler by no_grad must not go its way."""
     ways = []
-    for name in ("_read_once", "_operands"):
+    for name in ("_read_once", "products"):
         real = getattr(grpo.lora, name)
-        monkeypatch.setattr(grpo.lora, name, lambda *a, name=name, real=real: ways.append(name) or real(*a))
+        monkeypatch.setattr(grpo.lora, name, lambda *a, name=name, real=real, **k: ways.append(name) or real(*a, **k))
     policy = moved(load_policy(model_folder(), lora_rank=4))
     with torch.no_grad():
         expected = policy(input_ids=IDS).logits
-        assert set(ways) == {"_operands"}
-    for backend, way in (("fused", {"_read_once", "_operands"}), ("dequantise", set())):
+        assert set(ways) == {"products"}
+    for backend, way in (("fused", {"_read_once"}), ("dequantise", set())):
         ways.clear()
         monkeypatch.setattr(grpo.lora, "choose_backend", lambda *a, backend=backend: backend)
         with torch.inference_mode():
