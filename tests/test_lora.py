@@ -166,7 +166,7 @@ def test_few_rows_without_gradient(model_folder, monkeypatch):
 
 @pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
 def test_neighbours_of_other_ranks_and_frozen_parts(model_folder, fuse):
-    """The As of q, k, v and of gate, up are multiplied as one, whatever each layer's rank, and what of them is frozen."""
+    """The As of q, k, v and of gate, up are multiplied as one, whatever their ranks, and what of them is frozen."""
     policy = moved(load_policy(model_folder(), lora_rank=4, lora_alpha=12, fused=False))
     generator = torch.Generator().manual_seed(2)
     for name, module in policy.named_modules():
