@@ -6,7 +6,9 @@ python benchmarks/rollout.py MODEL --two-copies                     # what vLLM'
 """
 
 import contextlib
+import cProfile
 import itertools
+import pstats
 import random
 import statistics
 import tempfile
@@ -50,6 +52,8 @@ class Args:
     """compare sampler and trainer with an fp32 forward pass too (needs 40 GB for 8B)"""
     profile: bool = False
     """list the kernels of 16 decode steps and of a training step"""
+    host_profile: bool = False
+    """list where the host's time goes in a call of generate"""
     fused_nf4: bool = True
     """our product on 4-bit weights; else bitsandbytes' way"""
     fused_lora: bool = True
@@ -262,6 +266,14 @@ def main(args: Args) -> None:
                 profiled(what, run, 30)
         engine.sync(model)  # it has trained once more
         completions = engine.generate([prompt], args.group_size, sampling, seed=99)
+
+    if args.host_profile:
+        with stage("host"):
+            with cProfile.Profile() as profile:
+                engine.generate([prompt], args.group_size, sampling, seed=0)
+            statistics_of = pstats.Stats(profile)
+            for order, most in (("tottime", 25), ("cumulative", 60)):
+                statistics_of.sort_stats(order).print_stats(most)
 
     with stage("folder"), tempfile.TemporaryDirectory() as folder:
         engine.llm.wake_up()
