@@ -192,7 +192,9 @@ def products(x: Tensor, layers: Sequence[Adapted], *, read: bool = True) -> tupl
 
 def _parts(joined: Tensor, layers: Sequence[Adapted], dim: int) -> Sequence[Tensor]:
     """Views: each layer's ranks."""
-    return joined.split([len(layer.a) for layer in layers], dim)
+    if len(layers) == 1:
+        return (joined,)
+    return joined.split_with_sizes([layer.a.shape[0] for layer in layers], dim)  # `split` asks first what it was given
 
 
 def gradients(
