@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_kernels.backend import triton_or_torch
+
 try:
     import triton
     import triton.language as tl
@@ -79,10 +81,7 @@ def linear_logprob(
     """
     _check(hidden, weight, targets, temperature, softcap, bias, grad_rows)
     usable = triton is not None and hidden.dtype != torch.float64
-    if backend is None:
-        backend = "triton" if usable and hidden.is_cuda else "torch"
-    elif backend not in ("triton", "torch") or (backend == "triton" and not usable):
-        raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton, not for float64), 'torch' or None")
+    backend = triton_or_torch(backend, hidden, usable, "needs Triton, not for float64")
     options = _Options(LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad)
     return _LinearLogprob.apply(hidden, weight, bias, targets, grad_rows, options)
 

@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels.backend import triton_or_torch
+
 try:
     import triton
     import triton.language as tl
@@ -228,12 +230,7 @@ def policy_terms(
     if kl not in ("k1", "k2", "k3", "k3_ratio"):
         raise ValueError(f"kl is {kl!r}: choose 'k1', 'k2', 'k3' or 'k3_ratio'")
     fused = triton is not None and row.term in (clipped, cispo, sapo, vespo, reinforce) and logps.dtype != torch.float64
-    if backend is None:
-        backend = "triton" if fused and logps.is_cuda else "torch"
-    elif backend not in ("triton", "torch") or (backend == "triton" and not fused):
-        raise ValueError(
-            f"backend {backend!r}: choose 'triton' (not for float64 or losses of one's own), 'torch', None"
-        )
+    backend = triton_or_torch(backend, logps, fused, "not for float64 or losses of one's own")
 
     shape = Shape(*clip_range(loss, epsilon, epsilon_high), delta, sapo_temperatures, vespo_shape)
     advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand_as(logps)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_kernels.backend import triton_or_torch
+
 try:
     import triton
     import triton.language as tl
@@ -27,11 +29,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Literal["triton", "torch"] | No
             f"gate is {gate.dtype} {list(gate.shape)} on {gate.device}, up {up.dtype} {list(up.shape)} on {up.device}: "
             "both must be alike"
         )
-    if backend is None:
-        backend = "triton" if triton is not None and gate.is_cuda else "torch"
-    elif backend not in ("triton", "torch") or (backend == "triton" and triton is None):
-        raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton), 'torch' or None")
-    if backend == "torch":
+    if triton_or_torch(backend, gate, triton is not None) == "torch":
         return swiglu_reference(gate, up)
     columns = gate.shape[-1]
     return _SwiGLU.apply(gate.reshape(-1, columns), up.reshape(-1, columns)).view(gate.shape)

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grpo_kernels.backend import triton_or_torch
+
 try:
     import triton
     import triton.language as tl
@@ -28,11 +30,7 @@ def token_logprob(logits: Tensor, tokens: Tensor, *, backend: Literal["triton", 
             f"logits are {logits.dtype} on {logits.device}, tokens {tokens.dtype} on {tokens.device}: they must be "
             "floating and integers, on one device"
         )
-    if backend is None:
-        backend = "triton" if triton is not None and logits.is_cuda else "torch"
-    elif backend not in ("triton", "torch") or (backend == "triton" and triton is None):
-        raise ValueError(f"backend {backend!r}: choose 'triton' (needs Triton), 'torch' or None")
-    if backend == "torch":
+    if triton_or_torch(backend, logits, triton is not None) == "torch":
         return token_logprob_reference(logits, tokens)
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(out):
