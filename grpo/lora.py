@@ -217,10 +217,10 @@ def gradients(
         grad_x.addmm_(grad_shrunk, low)
     of_a: Sequence[Tensor | None] = [None] * len(layers)
     if any(needs_adapters[::2]):
-        of_a = _parts(_mm(grad_shrunk.t(), x, layers[0].a.dtype), layers, 0)
+        of_a = _parts(mm_in(grad_shrunk.t(), x, layers[0].a.dtype), layers, 0)
     of_adapters: list[Tensor | None] = []
     for i, (grad, layer, grad_a, part) in enumerate(zip(grads, layers, of_a, _parts(shrunk, layers, 1))):
-        grad_b = _mm(grad.t(), part, layer.b.dtype) if needs_adapters[2 * i + 1] else None
+        grad_b = mm_in(grad.t(), part, layer.b.dtype) if needs_adapters[2 * i + 1] else None
         if grad_b is not None and layer.scaling != 1:
             grad_b.mul_(layer.scaling)
         of_adapters += (grad_a if needs_adapters[2 * i] else None, grad_b)
@@ -247,8 +247,8 @@ class _LoraLinears(torch.autograd.Function):
         return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, summed over the tokens, in the parameters' dtype rather than rounded to the activations' first."""
+def mm_in(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in a dtype that may be wider than theirs: its sums are not rounded to theirs first."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))

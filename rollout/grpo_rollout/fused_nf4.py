@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from grpo.lora import mm_in
 from grpo_kernels.nf4_dequantise import BLOCK, NestedAbsmax
 from grpo_kernels.nf4_linear import FUSED_ROWS, is_hopper, nf4_linear
 from grpo_kernels.nf4_prepare import Lora
@@ -56,16 +57,12 @@ def with_adapter(rank: int, *, gated: Literal["x", "y"] | None = None) -> tuple[
             x = swiglu_reference(*x.chunk(2, -1))
         slices = [(a, b) for _, a, b in adapter(weight, x).slices()]
         if gated == "y":  # in fp32: where up is next to nothing, the rounding of sums is large, times a large gate
-            low = [_wide(x, a) @ b.float().T for a, b in slices]
-            return swiglu_reference(*(_wide(x, dequantized(weight, x.dtype)) + torch.cat(low, 1)).chunk(2, -1))
+            low = [mm_in(x, a.T, torch.float32) @ b.float().T for a, b in slices]
+            y = mm_in(x, dequantized(weight, x.dtype).T, torch.float32) + torch.cat(low, 1)
+            return swiglu_reference(*y.chunk(2, -1))
         return plain(weight, x) + torch.cat([x @ a.T @ b.T for a, b in slices], 1)
 
     return tried, reference
-
-
-def _wide(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T in float32, its sums not rounded to the operands' 16 bits."""
-    return torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float().T
 
 
 def why_not(weights: Iterable[Quantized]) -> str | None:
