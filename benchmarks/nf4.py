@@ -27,8 +27,8 @@ from torch import Tensor
 
 import grpo_kernels.nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE
-from grpo_kernels.nf4_prepare import Lora, Tiles
+from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE, Tiles
+from grpo_kernels.nf4_prepare import Lora
 
 try:
     import bitsandbytes as bnb

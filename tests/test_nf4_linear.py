@@ -10,10 +10,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_few_rows import block_ptx
+from grpo_kernels.nf4_few_rows import Tiles, block_ptx
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
 from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
-from grpo_kernels.nf4_prepare import SHRINK_BLOCK, Lora, Tiles, _shrink_splits, lora_fits
+from grpo_kernels.nf4_prepare import SHRINK_BLOCK, Lora, _shrink_splits, lora_fits
 from grpo_kernels.swiglu import swiglu
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.

@@ -39,9 +39,9 @@ from grpo_kernels.nf4_dequantise import (
     nf4_dequantise_reference,
     scale_arguments,
 )
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE, nf4_few_rows
+from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE, Tiles, nf4_few_rows
 from grpo_kernels.nf4_lookup import TABLE_SCALE, lookup_ptx, lookup_table
-from grpo_kernels.nf4_prepare import Lora, Tiles, lora_arguments, lora_fits
+from grpo_kernels.nf4_prepare import Lora, lora_arguments, lora_fits
 from grpo_kernels.swiglu import swiglu
 
 try:

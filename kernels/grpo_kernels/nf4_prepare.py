@@ -19,21 +19,6 @@ except ImportError:  # no Triton on macOS
     triton = None
 
 
-class Tiles(NamedTuple):
-    """How the fused kernel is launched, or with n = 16 the one for few rows, of rows, warps and registers only."""
-
-    n: int  # weight rows a program
-    rows: int  # rows of x a program
-    splits: int  # programs that share the sum over k of one tile
-    warps: int
-    stages: int
-    group: int = 4  # blocks of 64 along k an iteration: 4 or 2
-    wide: bool = True  # load a group's words at once rather than block by block
-    pdl: bool = False  # start before the kernel ahead has ended
-    scaled: bool = False  # fp16 weights, scaled before the product: for bf16 x (of fp16 it loses a bit), NestedAbsmax
-    registers: int | None = None  # at most so many a thread
-
-
 class Lora(NamedTuple):
     """An adapter: to y's first columns is added x A_0^T B_0^T, to the next slice of them x A_1^T B_1^T, ..."""
 
