@@ -23,14 +23,16 @@ from grpo.lora import (
     adapters,
     flattened,
     fuse_adapters,
-    gradients,
+    gradient_of_shrunk,
+    gradient_of_x,
+    gradients_of_adapters,
     handed_out,
     lora_products,
     products,
     unflattened,
 )
 from grpo_kernels.rope import rope
-from grpo_kernels.swiglu import swiglu
+from grpo_kernels.swiglu import swiglu, swiglu_backward_
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
@@ -157,7 +159,8 @@ def _gate_and_up(made: Sequence[Tensor]) -> Sequence[Tensor]:
 
 class _GatedMLP(torch.autograd.Function):
     """x: [..., hidden]; layers: gate and up, or both as one, and down. silu(gate) * up is made again in the backward
-    pass, which makes its gradient at the same time, rather than kept. read: whether the result's values matter."""
+    pass rather than kept, in the place of its gradient, as gate's and up's are in theirs: a layer's backward pass is
+    fullest here. So there is one backward pass, and a second is refused. read: whether the result's values matter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[Adapted], read: bool, *adapters: Tensor) -> Tensor:
@@ -175,12 +178,14 @@ class _GatedMLP(torch.autograd.Function):
         needs_x, _, _, *needs = ctx.needs_input_grad
         x, *rest = ctx.saved_tensors
         made, saved, saved_down = rest[: len(first)], rest[len(first) : -3], rest[-3:]
-        with torch.enable_grad():
-            leaves = [y.detach().requires_grad_() for y in made]
-            hidden = swiglu(*_gate_and_up(leaves))
         flat = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        grad_hidden, *found_down = gradients([flat], hidden.detach(), [down], saved_down, (True, *needs[-2:]))
-        grads = torch.autograd.grad(hidden, leaves, grad_hidden)
-        del hidden, grad_hidden  # as large as what is left
-        grad_x, *found = gradients(grads, x, first, saved, (needs_x, *needs[:-2]))
+        grad_shrunk = gradient_of_shrunk([flat], [down], saved_down)
+        hidden = gradient_of_x([flat], grad_shrunk, [down], saved_down)
+        gate, up = _gate_and_up(made)
+        swiglu_backward_(gate, up, hidden)
+        found_down = gradients_of_adapters([flat], grad_shrunk, hidden, [down], saved_down, needs[-2:])
+        del hidden  # as large as what is left
+        grad_shrunk = gradient_of_shrunk(made, first, saved)
+        grad_x = gradient_of_x(made, grad_shrunk, first, saved) if needs_x else None
+        found = gradients_of_adapters(made, grad_shrunk, x, first, saved, needs[:-2])
         return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found, *found_down

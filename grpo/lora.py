@@ -175,7 +175,7 @@ def _scaled(layer: Adapted, dtype: torch.dtype) -> Tensor:
 
 def products(x: Tensor, layers: Sequence[Adapted], *, read: bool = True) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Each layer's x W^T + bias + scaling * x A^T B^T: [tokens, out] for x: [tokens, in], all in x's dtype; not
-    differentiable. And what `gradients` needs beside x: x A^T for the As one below the other, these, and each
+    differentiable. And what the gradients need beside x: x A^T for the As one below the other, these, and each
     scaling * B. read: whether the results' values matter; if not, they are not computed."""
     lows = [layer.a for layer in layers]
     low = (lows[0] if len(lows) == 1 else torch.cat(lows)).to(x.dtype)
@@ -197,34 +197,46 @@ def _parts(joined: Tensor, layers: Sequence[Adapted], dim: int) -> Sequence[Tens
     return joined.split_with_sizes([layer.a.shape[0] for layer in layers], dim)  # `split` asks first what it was given
 
 
-def gradients(
-    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Adapted], saved: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Of x, from all the layers' products of it, and of each layer's A and B in turn; None where `needs` says no.
+def gradient_of_shrunk(grads: Sequence[Tensor], layers: Sequence[Adapted], saved: Sequence[Tensor]) -> Tensor:
+    """Of x A^T, for the As one below the other.
 
     grads: of each layer's y, [tokens, out], in the dtype of products. saved: what `products` said."""
-    needs_x, *needs_adapters = needs
-    shrunk, low, *scaled = saved
+    shrunk, _, *scaled = saved
     grad_shrunk = torch.empty_like(shrunk)
     for grad, b, part in zip(grads, scaled, _parts(grad_shrunk, layers, 1)):
         torch.mm(grad, b, out=part)
-    grad_x = None
-    if needs_x:  # summed in place
-        for grad, layer in zip(grads, layers):
-            weight = _weight(layer.base, grad.dtype)
-            grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
-    if grad_x is not None:
-        grad_x.addmm_(grad_shrunk, low)
+    return grad_shrunk
+
+
+def gradient_of_x(
+    grads: Sequence[Tensor], grad_shrunk: Tensor, layers: Sequence[Adapted], saved: Sequence[Tensor]
+) -> Tensor:
+    """Of x, from all the layers' products of it, summed in place."""
+    grad_x = torch.mm(grads[0], _weight(layers[0].base, grads[0].dtype))
+    for grad, layer in zip(grads[1:], layers[1:]):
+        grad_x.addmm_(grad, _weight(layer.base, grad.dtype))
+    return grad_x.addmm_(grad_shrunk, saved[1])
+
+
+def gradients_of_adapters(
+    grads: Sequence[Tensor],
+    grad_shrunk: Tensor,
+    x: Tensor,
+    layers: Sequence[Adapted],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of each layer's A and B in turn; None where `needs` says no."""
     of_a: Sequence[Tensor | None] = [None] * len(layers)
-    if any(needs_adapters[::2]):
+    if any(needs[::2]):
         of_a = _parts(mm_in(grad_shrunk.t(), x, layers[0].a.dtype), layers, 0)
-    of_adapters: list[Tensor | None] = []
-    for i, (grad, layer, grad_a, part) in enumerate(zip(grads, layers, of_a, _parts(shrunk, layers, 1))):
-        grad_b = mm_in(grad.t(), part, layer.b.dtype) if needs_adapters[2 * i + 1] else None
+    found: list[Tensor | None] = []
+    for i, (grad, layer, grad_a, part) in enumerate(zip(grads, layers, of_a, _parts(saved[0], layers, 1))):
+        grad_b = mm_in(grad.t(), part, layer.b.dtype) if needs[2 * i + 1] else None
         if grad_b is not None and layer.scaling != 1:
             grad_b.mul_(layer.scaling)
-        of_adapters += (grad_a if needs_adapters[2 * i] else None, grad_b)
-    return [grad_x, *of_adapters]
+        found += (grad_a if needs[2 * i] else None, grad_b)
+    return found
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -243,7 +255,9 @@ class _LoraLinears(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         needs_x, _, _, *needs = ctx.needs_input_grad
         flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
-        grad_x, *found = gradients(flat, x, ctx.layers, saved, (needs_x, *needs))
+        grad_shrunk = gradient_of_shrunk(flat, ctx.layers, saved)
+        grad_x = gradient_of_x(flat, grad_shrunk, ctx.layers, saved) if needs_x else None
+        found = gradients_of_adapters(flat, grad_shrunk, x, ctx.layers, saved, needs)
         return None if grad_x is None else unflattened(grad_x, *ctx.like), None, None, *found
 
 

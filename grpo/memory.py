@@ -106,19 +106,22 @@ def policy_size(
     return PolicySize(sum(p.numel() for p in skeleton.parameters()), quantized, largest, trainable, reference)
 
 
-def training_bytes(model: Dims, size: PolicySize, *, tokens: int, completion_tokens: int, offload: bool) -> int:
+def training_bytes(
+    model: Dims, size: PolicySize, *, tokens: int, completion_tokens: int, offload: bool, fused: bool = True
+) -> int:
     """The most that the forward and backward pass of one micro-batch takes beside weights, adapter and optimizer.
 
     tokens: padded tokens of the micro-batch. completion_tokens: of them, those whose log-probabilities are taken.
+    fused: whether `grpo.layers` takes the layers over.
     The sum, in bf16 under gradient checkpointing, of: each layer's input (two layers' if `offload`: the others wait
-    in the host's memory); what one layer keeps for its backward pass, with the gradients of the same (14 hidden and
-    8 intermediate values a token); its largest weight dequantised, in the forward and in the backward pass; and for the
-    head a gradient factor and the row blocks of `linear_logprob` (4 hidden values a completion token, 0.1 GiB).
-    Within 10% of the 3.1 GiB that a step of Llama 3.1 8B with 4096 tokens added on an H100."""
+    in the host's memory); what one layer holds where its backward pass is fullest, within its MLP (10 hidden values a
+    token, and gate, up and their product, of which it keeps gradients in their places; not fused 14 hidden and 8
+    intermediate values); its largest weight dequantised (not fused: twice); and for the head a gradient factor and the
+    row blocks of `linear_logprob` (4 hidden values a completion token, 0.1 GiB)."""
     inputs = (2 if offload else model.layers) * tokens * model.hidden * 2
-    layer = tokens * (14 * model.hidden + 8 * model.intermediate) * 2
+    values = 10 * model.hidden + 3.25 * model.intermediate if fused else 14 * model.hidden + 8 * model.intermediate
     head = completion_tokens * model.hidden * 4 * 2 + GIB // 10
-    return inputs + layer + 2 * 2 * size.largest + head
+    return inputs + int(2 * tokens * values) + (2 if fused else 4) * size.largest + head
 
 
 def kept_bytes(model: Dims, *, tokens: int) -> int:

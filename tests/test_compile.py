@@ -52,8 +52,10 @@ for dtype in ("bf16", "fp16"):
     pointers = dict.fromkeys("grad gate up out grad_gate grad_up".split(), dtype)
     known = types({"logits": dtype, "tokens": "i64", "out": "fp32"}, "stride token_stride vocabulary", "")
     compile(token_logprob._token_logprob_kernel, known, token_logprob.WARPS, BLOCK=token_logprob.BLOCK)
-    for kernel in (swiglu._forward_kernel, swiglu._backward_kernel):
-        compile(kernel, types(pointers, "grad_stride gate_stride up_stride columns", ""), 4, BLOCK=swiglu.BLOCK)
+    integers = "grad_stride gate_stride up_stride grad_gate_stride grad_up_stride columns"
+    forward, backward = swiglu._forward_kernel, swiglu._backward_kernel
+    for kernel, without in ((forward, ""), (backward, ""), (backward, "out")):
+        compile(kernel, types(pointers | {without: None}, integers, ""), 4, BLOCK=swiglu.BLOCK)
 
 strides = [f"{name}_stride" for name in "q_batch q_time q_head k_batch k_time k_head table_batch table_time".split()]
 for (dtype, half, rest), backward in itertools.product((("bf16", 64, 0), ("fp16", 48, 32), ("fp32", 48, 32)), (0, 1)):

@@ -1,6 +1,7 @@
 """Norms, gated MLPs and adapted layers in fewer passes: values and gradients are transformers' and PEFT's (in bf16:
 test_lora.py)."""
 
+import functools
 import gc
 import importlib
 import inspect
@@ -214,11 +215,23 @@ def test_hooks_within_an_mlp_run(model_folder):
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_gradients_in_float64(model_folder, architecture):
-    """By finite differences, of an MLP and an attention in their input, of which several products are made."""
+    """By finite differences, of an MLP and an attention in their input, of which several products are made.
+
+    Each backward pass with a forward pass of its own: what was kept for it, it writes over."""
     policy = moved(load_policy(model_folder(architecture), lora_rank=3, lora_alpha=12)).double()
     mlp = policy.get_base_model().model.layers[0].mlp
     attention = policy.get_base_model().model.layers[0].self_attn
     x = torch.randn(1, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     turn = torch.ones(1, 3, 16, dtype=torch.float64), torch.zeros(1, 3, 16, dtype=torch.float64)
     for function in (mlp, lambda x: attention(hidden_states=x, position_embeddings=turn, attention_mask=None)[0]):
-        assert torch.autograd.gradcheck(function, x, fast_mode=True)
+        again = functools.partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
+        assert torch.autograd.gradcheck(again, x, fast_mode=True)
+
+
+def test_a_second_backward_pass_of_an_mlp_is_refused(model_folder):
+    policy = moved(load_policy(model_folder(), lora_rank=3))
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    y = policy.get_base_model().model.layers[0].mlp(x).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

@@ -99,22 +99,22 @@ def test_layers_inputs_go_to_the_host_where_they_must_or_where_it_pays():
     limits = [plan("llama31_8b", gpu_memory_gb=g, **long).offload for g in (24, 20, 16)]
     assert limits == [False, False, True]
     with pytest.raises(ValueError, match=r"needs .* GiB \(CUDA context .* weights, 4 bit 3.35.*raise --gpu-memory-gb"):
-        plan("llama31_8b", gpu_memory_gb=12, kv_cache_dtype="fp8", **long)
-    # Two micro-batches of 4096 tokens rather than four of 2048, for which the card would wait for the host.
-    short = [plan("llama31_8b", gpu_memory_gb=g, max_completion_tokens=768, sequences=8) for g in (9, 9.31, 12)]
-    assert [(made.micro_batch_tokens, made.offload) for made in short] == [(3072, True), (4096, True), (4096, False)]
+        plan("llama31_8b", gpu_memory_gb=11, kv_cache_dtype="fp8", **long)
+    # One micro-batch of 8192 tokens rather than two of 4096, for which the card would wait for the host.
+    short = [plan("llama31_8b", gpu_memory_gb=g, max_completion_tokens=768, sequences=8) for g in (8.7, 9.31, 12)]
+    assert [(made.micro_batch_tokens, made.offload) for made in short] == [(5120, True), (8192, True), (4096, False)]
 
 
 def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
-    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (12, 10, 9)]
-    assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 3
-    assert plans[0].sequences == 32 > plans[2].sequences
+    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (11, 10, 8.5)]
+    assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 4
+    assert plans[0].sequences > plans[1].sequences > plans[2].sequences
 
 
 def test_what_memory_is_left_keeps_layers_from_being_computed_twice():
     """One limit more is one layer more, never at the price of the limit, of a micro-batch of 4096 tokens, or of layers
     whose activations are not counted."""
-    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (12, 16, 20, 24, 32, 76)]
+    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (11, 13, 16, 24, 32, 76)]
     kept = [made.kept_layers for made in plans]
     assert kept[0] == 0 < kept[1] < kept[2] < kept[-1] == 32
     for made in plans[1:-1]:

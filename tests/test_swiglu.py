@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_kernels.swiglu import swiglu, triton
+from grpo_kernels.swiglu import swiglu, swiglu_backward_, triton
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="no Triton"))]
 
@@ -59,6 +59,30 @@ def test_halves_of_one_matrix(backend):
     torch.testing.assert_close(out, torch.nn.functional.silu(columns[:, :3]) * columns[:, 3:])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("joined", [False, True])
+def test_backward_in_place(backend, joined):
+    """Of gate and up apart, and of the halves of one matrix; against the gradients of `swiglu` itself."""
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float16):
+        both, grad = (torch.randn(size, generator=g).to(dtype) for size in ((5, 2, 2 * 1100), (5, 2, 1100)))
+        gate, up = both.chunk(2, -1) if joined else (half.clone() for half in both.chunk(2, -1))
+        expected = run(gate.clone(), up.clone(), grad, dtype, backend)
+        assert swiglu_backward_(gate, up, grad, backend=backend) is None
+        for actual, e in zip((grad, gate, up), expected):
+            torch.testing.assert_close(actual, e, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        if joined:
+            assert torch.equal(both, torch.cat((gate, up), -1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_in_place_is_seen_by_autograd(backend):
+    kept = torch.randn(3, 8, requires_grad=True).exp()  # whose result is what its gradient needs
+    swiglu_backward_(kept.detach(), torch.ones(3, 8), torch.ones(3, 8), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
 def test_refusals():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"gate is torch.float32 \[2, 4\] .* up torch.float32 \[2, 3\].*alike"):
@@ -67,3 +91,5 @@ def test_refusals():
         swiglu(x, x.double())
     with pytest.raises(ValueError, match="backend 'cuda'"):
         swiglu(x, x, backend="cuda")
+    with pytest.raises(ValueError, match="must be of one shape, and grad contiguous"):
+        swiglu_backward_(x, x.clone(), x[:, :2].repeat(1, 2).t().contiguous().t())

@@ -40,6 +40,39 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_backward_(
+    gate: Tensor, up: Tensor, grad: Tensor, *, backend: Literal["triton", "torch"] | None = None
+) -> None:
+    """In place, in one pass: gate and up become their gradients, and grad, of `swiglu`'s result, that result.
+
+    For a backward pass that kept gate and up alone: it needs the result again, for the gradients of the product after
+    it, and no room beside the three. Autograd sees the change, and refuses to use a kept gate or up a second time.
+
+    gate, up: as for `swiglu`. grad: of their shape, dtype and device, contiguous. backend: as for `swiglu`."""
+    if gate.shape != up.shape or gate.shape != grad.shape or not grad.is_contiguous():
+        raise ValueError(
+            f"gate is {list(gate.shape)}, up {list(up.shape)}, grad {list(grad.shape)} of strides {grad.stride()}: "
+            "they must be of one shape, and grad contiguous"
+        )
+    if triton_or_torch(backend, gate, triton is not None) == "torch":
+        leaves = [x.detach().requires_grad_() for x in (gate, up)]
+        with torch.enable_grad():
+            out = swiglu_reference(*leaves)
+        of_gate, of_up = torch.autograd.grad(out, leaves, grad)
+        gate.copy_(of_gate), up.copy_(of_up), grad.copy_(out.detach())
+        return
+    columns = gate.shape[-1]
+    gates, ups, grads = (x.view(-1, columns) for x in (gate, up, grad))  # a copy would not do
+    if gates.stride(1) != 1 or ups.stride(1) != 1:
+        raise ValueError(f"gate and up have strides {gate.stride()} and {up.stride()}: the last of them must be 1")
+    if grad.numel():
+        _backward_kernel[_grid(grads)](
+            grads, gates, ups, gates, ups, grads, columns, gates.stride(0), ups.stride(0), gates.stride(0),
+            ups.stride(0), columns, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version((gate, up, grad))
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -58,9 +91,10 @@ class _SwiGLU(torch.autograd.Function):
         grad = _rows(grad)
         grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
         if grad.numel():
+            columns = grad.shape[1]
             _backward_kernel[_grid(grad)](
-                grad, gate, up, grad_gate, grad_up, grad.stride(0), gate.stride(0), up.stride(0), grad.shape[1],
-                BLOCK=BLOCK, num_warps=4,
+                grad, gate, up, grad_gate, grad_up, None, grad.stride(0), gate.stride(0), up.stride(0), columns,
+                columns, columns, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
         return grad_gate, grad_up
 
@@ -96,10 +130,11 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, grad_stride, gate_stride, up_stride, columns,
-        BLOCK: tl.constexpr,
+        grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, out_ptr, grad_stride, gate_stride, up_stride,
+        grad_gate_stride, grad_up_stride, columns, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """With s = sigmoid(gate): d up = grad gate s, d gate = grad up (s + gate s (1 - s))."""
+        """With s = sigmoid(gate): d up = grad gate s, d gate = grad up (s + gate s (1 - s)). With out_ptr the result
+        too, in the place of grad. Each value is read before its place is written."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
@@ -108,7 +143,12 @@ if triton is not None:
         up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
         s = tl.sigmoid(gate)
         silu = gate * s
-        grad_up = grad * silu.to(grad_up_ptr.dtype.element_ty).to(tl.float32)
+        rounded = silu.to(grad_up_ptr.dtype.element_ty).to(tl.float32)
         grad_gate = grad * up * (s + silu * (1 - s))
-        tl.store(grad_up_ptr + row * columns + column, grad_up.to(grad_up_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_gate_ptr + row * columns + column, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
+        grad_up = (grad * rounded).to(grad_up_ptr.dtype.element_ty)
+        tl.store(grad_up_ptr + row * grad_up_stride + column, grad_up, mask=inside)
+        grad_gate = grad_gate.to(grad_gate_ptr.dtype.element_ty)
+        tl.store(grad_gate_ptr + row * grad_gate_stride + column, grad_gate, mask=inside)
+        if out_ptr is not None:
+            out = (rounded * up).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * grad_stride + column, out, mask=inside)

@@ -123,6 +123,7 @@ def make_plan(
     )
     resident["engine: graphs, adapter's copy"] = GRAPH_BYTES + 2 * size.trainable
     generate = {"KV cache": engine.kv_cache_bytes, "work": engine.working_bytes - GRAPH_BYTES}
+    fused = config.get_text_config().model_type in MODEL_TYPES
 
     def work(tokens: int, offload: bool) -> int:
         rows = max(1, tokens // longest)
@@ -132,15 +133,15 @@ def make_plan(
             tokens=max(tokens, longest),
             completion_tokens=rows * max_completion_tokens,
             offload=offload,
+            fused=fused,
         )
 
     left = room - sum(resident.values()) - FRAGMENT_BYTES
     rows = [micro_batch_tokens] if micro_batch_tokens else [n * longest for n in _rows(longest, sequences)]
-    known = limit is not None and config.get_text_config().model_type in MODEL_TYPES
 
     def layers_kept(tokens: int, offload: bool) -> int:
         spare = left - work(tokens, False) - int(SPARE * room)
-        if offload or not known:
+        if offload or limit is None or not fused:
             return 0
         return min(model.layers, max(0, spare) // kept_bytes(model, tokens=max(tokens, longest)))
 
