@@ -196,6 +196,9 @@ def main(args: Args) -> None:
             f"{1e3 * inside['wake']:.0f} ms, sleep {1e3 * inside['sleep']:.0f} ms",
             flush=True,
         )
+        first = timed(lambda: engine.generate([prompt], args.group_size, Sampling(max_tokens=1), seed=1), args.repeats)
+        first -= engine.seconds["wake"] + engine.seconds["sleep"]
+        print(f"prompt and first tokens: {1e3 * first:.0f} ms of it")
         again = engine.generate([prompt], args.group_size, sampling, seed=0)
         print("same seed, same tokens:", [c.token_ids for c in again] == [c.token_ids for c in completions])
 
