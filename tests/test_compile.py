@@ -113,6 +113,9 @@ def compile_few_rows(rows, n, nested, dtype, rank, gated):
     integers += " shrunk_rows shrink_splits slices first_end second_end" if rank else ""
     choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
     choices |= {"GATED": gated} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
+    if rank:  # and the weight that follows is known
+        pointers |= {"following": "u8"}
+        integers += " following_bytes first_asking"
     known = types(pointers, integers, "factor")
     compile(nf4_few_rows._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
     return tiles

@@ -3,7 +3,7 @@
 Warps share nothing until they add their sums, and codes go from memory to registers, so nothing is staged; x is read
 as it is, through L1. One mma.m16n8k16 takes 16 rows of W and 8 rows of x."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ try:
 except ImportError:  # no Triton on macOS
     triton = None
 
+FOLLOWING_PROGRAMS, FOLLOWING_BYTES = 256, 12 << 20
+"""how many programs, the last ones, ask for codes of the product that follows, and for how much in all: what an H100
+reads while a norm and the kernel ahead of that product keep its memory idle, and its L2 cache holds"""
 FEW_ROWS_TILE = 16
 """weight rows a program of the kernel for few rows, and the rows of x up to which it is the faster one"""
 
@@ -50,11 +53,13 @@ def nf4_few_rows(
     lora: Lora | None,
     gated: bool,
     multiprocessors: int,
+    following: Tensor | None = None,
 ) -> Tensor:
     """`nf4_linear` by the fused kernel: x [rows, K] of at most 16 rows in 16 bits -> [rows, N], of x's dtype.
 
     tiles: as `choose_tiles` makes them for so few. lora: one that `lora_fits`. gated: rows of W are gate and up, and
-    silu(gate) * up, [rows, N / 2], is returned. multiprocessors: of the device, between which x A^T is divided."""
+    silu(gate) * up, [rows, N / 2], is returned. multiprocessors: of the device, between which x A^T is divided.
+    following: see `nf4_linear`."""
     n, k = shape
     y = torch.empty(len(x), n // 2 if gated else n, dtype=x.dtype, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
@@ -62,16 +67,22 @@ def nf4_few_rows(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
     shrink, expand = lora_arguments(x, lora, len(x), 16, shape, multiprocessors)
+    programs = triton.cdiv(n, tiles.n)
+    ahead: dict[str, Any] = {}
+    if following is not None and tiles.pdl:  # on Hopper
+        asking = min(programs, FOLLOWING_PROGRAMS)
+        share = min(following.numel(), FOLLOWING_BYTES) // asking // 16 * 16
+        ahead = {"following_ptr": following, "following_bytes": share, "first_asking": programs - asking}
     if lora is not None:
         prepare_kernel[(shrink["shrink_programs"],)](
             x, None, None, None, x.stride(0), x.stride(1), None, len(x), k, 0,
             WIDTH=1024, PDL=tiles.pdl, **shrink, num_warps=4, **options,
         )  # fmt: skip
-    _few_rows_kernel[(triton.cdiv(n, tiles.n),)](
+    _few_rows_kernel[(programs,)](
         x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, lookup_table(x),
         len(x), x.stride(0), n, k, 1 / TABLE_SCALE[x.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, GATED=gated,
-        PDL=tiles.pdl, EMULATED=not x.is_cuda, **expand,
+        PDL=tiles.pdl, EMULATED=not x.is_cuda, **expand, **ahead,
         num_warps=tiles.warps, num_stages=1, **options, **registers,
     )  # fmt: skip
     return y
@@ -235,7 +246,21 @@ if triton is not None:
         tile = tl.reshape(tl.join(tl.join(s0, s1), tl.join(s2, s3)), (WARPS, 8, 4, 2, 2))  # g, t, column, row
         return tl.sum(tl.reshape(tl.permute(tile, (0, 4, 1, 2, 3)), (WARPS, 16, 8)), 0)
 
-    @triton.jit(do_not_specialize=["rows", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"])
+    @triton.jit
+    def _ask_for(address, size):
+        """One thread asks for size bytes from address on, a multiple of 16, in the L2 cache."""
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [address.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @triton.jit(
+        do_not_specialize=[
+            "rows", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end", "following_bytes",
+            "first_asking",
+        ]
+    )  # fmt: skip
     def _few_rows_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, table_ptr,
         rows, row_stride, N, K, factor,
@@ -243,6 +268,7 @@ if triton is not None:
         EMULATED: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
+        following_ptr=None, following_bytes=None, first_asking=None,
     ):  # fmt: skip
         """16 columns of y, for up to 8 * COLUMNS rows. Each warp has four blocks of 64 along k at a time, WARPS warps
         take turns, and meet only to add their sums.
@@ -319,6 +345,10 @@ if triton is not None:
             scale_g = tl.where(following < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
             scale_h = tl.where(following < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
 
+        if following_ptr is not None:  # this program's own codes have come
+            place = tl.program_id(0) - first_asking
+            if place >= 0 and following_bytes > 0:
+                _ask_for(following_ptr + place.to(tl.int64) * following_bytes, following_bytes)
         y = _tile_of(s0, s1, s2, s3, WARPS)
         if COLUMNS == 2:
             y = tl.reshape(tl.permute(tl.join(y, _tile_of(s4, s5, s6, s7, WARPS)), (0, 2, 1)), (16, 16))

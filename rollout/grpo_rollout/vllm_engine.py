@@ -656,11 +656,13 @@ def _fuse_adapters(model: Any) -> Any:
     """Let every layer marked by `_hand_over` compute its adapter within the NF4 product in decode steps.
 
     All requests carry the one adapter there is, so nothing is asked of vLLM's mapping from tokens to adapters. The
-    slices' A, and B, become views of one matrix; longer steps go through vLLM's own kernels on the same memory."""
+    slices' A, and B, become views of one matrix; longer steps go through vLLM's own kernels on the same memory.
+    Modules come in the order in which they run, so each knows the weight that follows its own."""
     modules = model.lora_manager.modules
-    ours = {name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None}
-    for name in ours:
+    ours = [name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None]
+    for name, after in itertools.zip_longest(ours, ours[1:]):
         module = modules[name]
+        following = None if after is None else modules[after].base_layer.nf4.packed
         weight = module.base_layer.nf4
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
@@ -671,9 +673,9 @@ def _fuse_adapters(model: Any) -> Any:
         parent, _, leaf = name.rpartition(".")
         mlp = model.get_submodule(parent)
         gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
-        gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= ours
+        gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= set(ours)
         module.apply = functools.partial(
-            _apply_with_adapter, weight, Lora(a, b, ends), module.apply, gated and leaf == GATE_UP
+            _apply_with_adapter, weight, Lora(a, b, ends), module.apply, gated and leaf == GATE_UP, following
         )
         if gated and leaf == DOWN:
             mlp.act_fn.forward = functools.partial(_left_to_products, mlp.act_fn.forward)
@@ -699,6 +701,7 @@ def _apply_with_adapter(
     lora: Lora,
     longer: Callable,
     gate_up: bool,
+    following: torch.Tensor | None,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -711,7 +714,7 @@ def _apply_with_adapter(
         gated = "y"
     elif x.shape[-1] == 2 * weight.cols:
         gated = "x"
-    return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora, gated=gated)
+    return nf4_linear(x, weight.packed, weight.absmax, weight.shape, bias, lora=lora, gated=gated, following=following)
 
 
 def _left_to_products(longer: Callable, x: torch.Tensor) -> torch.Tensor:

@@ -171,16 +171,21 @@ def test_gated_result(rows, rank, ends):
     assert relative_error(actual, swiglu(*apart.chunk(2, -1))) < 1e-3  # the sigmoid's last bit
 
 
-@pytest.mark.parametrize("rows", [8, 64, 100])
-def test_adapter_under_a_graph(rows):
-    """Products one after the other, that reuse each other's buffers; x and the adapter change between replays."""
+@pytest.mark.parametrize("rows", [8, 16, 64, 100])
+@pytest.mark.parametrize("size", [None, 100, 300_000, 30_000_000])
+def test_adapter_under_a_graph(rows, size):
+    """Products one after the other, that reuse each other's buffers; x and the adapter change between replays. size: of
+    a weight that is said to follow, at the end of its memory, none of which is changed."""
+    following = None if size is None else torch.zeros(size, dtype=torch.uint8, device="cuda")
     x, packed, absmax, _ = problem(1024, 1024, rows, torch.bfloat16, device="cuda")
     weight = nf4.nf4_dequantise_reference(packed, absmax, (1024, 1024), torch.float64)
     lora = adapter(1024, 16, (512, 768, 1024), torch.bfloat16, device="cuda")
 
     def run():
         inputs = [x * (i + 1) for i in range(6)]
-        return [nf4_linear(i, packed, absmax, (1024, 1024), lora=lora, backend="fused") for i in inputs]
+        return [
+            nf4_linear(i, packed, absmax, (1024, 1024), lora=lora, following=following, backend="fused") for i in inputs
+        ]
 
     with torch.no_grad():
         run()
@@ -198,3 +203,4 @@ def test_adapter_under_a_graph(rows):
         for i, y in enumerate(outputs):
             exact = exact_with_adapter(x * (i + 1), weight, lora)
             assert relative_error(y, exact) < 0.6 * torch.finfo(torch.bfloat16).eps
+    assert following is None or not following.any()
