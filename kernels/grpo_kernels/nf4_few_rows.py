@@ -69,7 +69,7 @@ def nf4_few_rows(
     shrink, expand = lora_arguments(x, lora, len(x), 16, shape, multiprocessors)
     programs = triton.cdiv(n, tiles.n)
     ahead: dict[str, Any] = {}
-    if following is not None and tiles.pdl:  # on Hopper
+    if following is not None and tiles.pdl and following.data_ptr() % 16 == 0:  # on Hopper
         asking = min(programs, FOLLOWING_PROGRAMS)
         share = min(following.numel(), FOLLOWING_BYTES) // asking // 16 * 16
         ahead = {"following_ptr": following, "following_bytes": share, "first_asking": programs - asking}
