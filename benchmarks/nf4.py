@@ -267,7 +267,7 @@ def check(args: Args) -> bool:
 
 
 def candidates(rows: int) -> list[Tiles]:
-    """Tiles to try; even splits are filled in for each shape. The first scale sums, the others weights."""
+    """Tiles to try; splits are filled in for each shape. The first scale sums, the others weights."""
     T = Tiles
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
     if rows <= FEW_ROWS_TILE:
@@ -320,8 +320,8 @@ def compile_tiles(args: Args) -> bool:
         dtype=torch.bfloat16,
     )
     exact = x.double() @ nf4.nf4_dequantise_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
-    for splits, whole in ((1, 0),) if tiles.n == FEW_ROWS_TILE else ((1, 0), (2, 0), (2, 1)):
-        t = tiles._replace(splits=splits, whole=whole, head=6 * whole, pdl=DEVICE == "cuda")
+    for splits in (1,) if tiles.n == FEW_ROWS_TILE else (1, 2):
+        t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
             error = fused_error(x, weight, t, exact)
             problem, good = f"error {error:.2e}", error < 3e-3
@@ -374,8 +374,7 @@ def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int,
 def tune_shape(
     weights: list[Weight], x: Tensor, args: Args, good: set[Tiles], first: dict[str, Tiles]
 ) -> dict[Tiles, float]:
-    """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name, as
-    `choose_tiles` has them (some with pieces of unequal length)."""
+    """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name."""
     w, rows = weights[0], len(x)
     n, k = w.shape
     exact = x.double() @ nf4.nf4_dequantise_reference(w.packed, w.absmax, w.shape, torch.float64).T
@@ -386,7 +385,7 @@ def tune_shape(
     tries = list(first.values())
     for t in candidates(rows):
         tries += [t._replace(splits=s, pdl=pdl) for s in splits_of(t, n, k, rows, nf4._multiprocessors(x.device))]
-    tries = [t for t in dict.fromkeys(tries) if t._replace(splits=1, whole=0, head=0, pdl=False) in good]
+    tries = [t for t in dict.fromkeys(tries) if t._replace(splits=1, pdl=False) in good]
     times, errors = {}, {}
     for t in tries:
         if time.monotonic() - STARTED > args.seconds and t not in first.values():

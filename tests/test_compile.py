@@ -79,9 +79,9 @@ for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio"))
 # The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
 chosen = {}
 for rows, scaled in itertools.product((32, 64, 128, 256), (False, True)):
-    for n in (1024, 132 * 1024) if rows in (32, 256) else (1024,):  # of the widest, full waves, no sum is split
+    for n in (1024, 2**17) if rows in (32, 256) else (1024,):  # of the widest no sum is split
         tiles = nf4_linear.choose_tiles(rows, n, 4096, 132, scaled)
-        chosen[tiles._replace(splits=min(tiles.splits, 2), whole=0, head=0)] = None
+        chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
 assert len(chosen) == 11 and {tiles.splits for tiles in chosen} == {1, 2}
 for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
@@ -95,7 +95,7 @@ for tiles, adapter in itertools.product(chosen, (False, True)):
     pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
     choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
     choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "EMULATED": False}
-    integers = "offset_stride rows N K row_tiles" + " whole cut pieces head" * split
+    integers = "offset_stride rows N K row_tiles"
     if rank:
         pointers |= {"b": dtype, "shrunk": "fp32"}
         integers += " shrunk_rows shrink_splits slices first_end second_end"

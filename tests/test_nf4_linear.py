@@ -123,43 +123,6 @@ def test_fused_kernel_with_scaled_weights(n, k, rows, tiles, splits):
     assert (actual.double() - exact).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "tiles", "cut"),
-    [
-        (17, Tiles(64, 16, 2, 4, 2, whole=5, head=3), 3),  # a tile of W's rows is whole for some rows of x only
-        (33, Tiles(64, 64, 3, 4, 2, head=2), 4),
-        (16, Tiles(64, 16, 4, 4, 2, group=2, whole=2, head=3), 2),
-        (16, Tiles(64, 16, 3, 4, 2, whole=1, head=1), 3),  # too short a head: equal shares
-        (16, Tiles(64, 16, 3, 4, 2, whole=4), 0),
-    ],
-    ids=str,
-)
-def test_pieces_of_unequal_length(rows, tiles, cut, adapted, scaled, monkeypatch):
-    x, packed, absmax, _ = problem(200, 1280, rows)
-    lora, bias = adapter(1280, 16, (128, 200)) if adapted else None, torch.randn(200).half()
-    exact = exact_product(x, packed, absmax, (200, 1280), bias, lora)
-    partial, kernel = [], nf4._fused_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            return lambda *args, **options: partial.append(args[9]) or kernel[grid](*args, **options)
-
-    monkeypatch.setattr(nf4, "_fused_kernel", Spy())
-    tiles = tiles._replace(scaled=scaled)
-    with poisoned_memory():
-        actual, again = (nf4._fused(x, packed, absmax, (200, 1280), bias, tiles, lora) for _ in range(2))
-    assert relative_error(actual, exact) < 4.2e-4
-    assert (actual.double() - exact).abs().max() < (8e-3 if adapted else 5e-3)
-    assert torch.equal(actual, again)
-    if cut:
-        assert partial[0].shape == (tiles.splits, cut, tiles.n * tiles.rows)
-        assert not partial[0].isnan().any()
-    else:
-        assert partial[0] is None
-
-
 @pytest.mark.parametrize("group", [2, 4])
 def test_scaled_weights_of_any_magnitude(group):
     """Rows of x and of W far beyond float16's range, and zero ones."""
@@ -590,44 +553,8 @@ def test_tiles_cover_the_sum():
             assert tiles.splits >= 1
             assert tiles.scaled == scaled
             groups = k // 64 // tiles.group
-            share = tiles.head or -(-groups // tiles.splits)
+            share = -(-groups // tiles.splits)
             assert share * (tiles.splits - 1) < groups  # no program without work
-
-
-def test_schedules():
-    """The kernel's arithmetic: each group of each tile once, and no program without work."""
-    for tiles, groups, slots in itertools.product((1, 5, 48, 92, 132, 224, 449), (1, 2, 6, 32, 112), (4, 132, 396)):
-        whole, pieces, head = nf4._schedule(tiles, groups, slots, 8)
-        cut = tiles - whole
-        assert cut > 0
-        assert whole % slots == 0
-        seen = torch.zeros(tiles, groups, dtype=torch.int32)
-        for program in range(whole + cut * pieces):
-            piece = max(program - whole, 0) // cut
-            tile = program - piece * cut
-            share = groups if tile < whole or pieces == 1 else head
-            start, end = piece * share, min((piece + 1) * share, groups)
-            assert start < end
-            seen[tile, start:end] += 1
-        assert (seen == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("rows", "n", "k", "expected"),
-    [  # (whole, splits, head) on 132 multiprocessors
-        (256, 28672, 4096, (132, 2, 25)),  # 40 multiprocessors take the tails of 92 tiles
-        (256, 6144, 4096, (0, 3, 13)),  # 36 take those of 48
-        (256, 4096, 14336, (0, 4, 28)),
-        (64, 28672, 4096, (396, 7, 5)),
-        (64, 6144, 4096, (0, 4, 8)),
-        (256, 33 * 512, 4096, (0, 1, 0)),  # one full wave
-    ],
-)
-def test_schedules_on_an_h100(rows, n, k, expected):
-    tiles = nf4.choose_tiles(rows, n, k, 132, True)
-    assert (tiles.whole, tiles.splits, tiles.head) == expected
-    other = nf4.choose_tiles(rows, n, k, 132)
-    assert (other.whole, other.head) == (0, 0)
 
 
 @pytest.mark.parametrize(

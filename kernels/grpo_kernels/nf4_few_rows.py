@@ -39,8 +39,6 @@ class Tiles(NamedTuple):
     pdl: bool = False  # start before the kernel ahead has ended
     scaled: bool = False  # fp16 weights, scaled before the product: for bf16 x (of fp16 it loses a bit), NestedAbsmax
     registers: int | None = None  # at most so many a thread
-    whole: int = 0  # tiles, the first ones, that are not split
-    head: int = 0  # groups that each program of a split tile has, but for the last; at least equal shares, as 0 means
 
 
 def nf4_few_rows(

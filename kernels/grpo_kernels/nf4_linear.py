@@ -18,14 +18,12 @@ y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows 
   add no error.
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
   way (`prepare_kernel`), which pads its rows to the tile as well; for few rows it is read as it is.
-- Split-K, of all tiles or of those of the last wave (`_schedule`): programs leave fp32 partial tiles, the last one to
-  finish adds them in order, so the sum is deterministic.
+- Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
 - A LoRA adapter costs no launch (`nf4_prepare`). Its product is added to the tile rounded to x's dtype: where a
   trainer's separate products round, so the two policies differ by less.
 """
 
 import functools
-import heapq
 import itertools
 import math
 from typing import Literal
@@ -320,49 +318,10 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
     else:
         tiles, resident = Tiles(64, 128, 1, 4, 3, group=2), 2
     programs = -(-n // tiles.n) * -(-rows // tiles.rows)
-    groups = k // (BLOCK * tiles.group)
-    if scaled and tiles.rows in (64, 256):  # whose times `_schedule` models
-        whole, pieces, head = _schedule(programs, groups, resident * multiprocessors, 5 if resident == 1 else 8)
-        return tiles._replace(splits=pieces, whole=whole, head=head)
     splits = resident * multiprocessors / programs  # as many programs as are resident; a few more where rows are few
     splits = max(1, min(math.ceil(splits) if rows <= 32 else int(splits), k // 512, 16))
+    groups = k // (BLOCK * tiles.group)
     return tiles._replace(splits=-(-groups // -(-groups // splits)))  # only those that have work
-
-
-START, PARTIAL = 1.0, 0.75
-"""What a program costs to start, and a partial tile to write or to read, in groups' time (H100 at 256 rows: 2.2 us)"""
-
-
-@functools.cache
-def _schedule(tiles: int, groups: int, slots: int, most: int) -> tuple[int, int, int]:
-    """(whole, splits, head) as in `Tiles`, splits at most so many, with which so many tiles end the soonest.
-
-    Modelled: slots programs run at once, and one that ends makes room for the next. A program takes START and the time
-    of its groups; of a split tile PARTIAL more, and the last of its pieces to end PARTIAL for each of them.
-    Full waves of tiles stay whole, and those left over are split, or not."""
-    left = tiles % slots
-
-    def end(splits: int, head: int) -> float:
-        """When the tiles left over end, after the full waves."""
-        tail = groups - (splits - 1) * head
-        if splits == 1:
-            return START + tail
-        free = [0.0] * slots  # a heap
-        ends = [0.0] * left
-        for i in range(left * splits):
-            is_tail = i >= left * (splits - 1)
-            before = ends[i % left]
-            done = heapq.heappop(free) + START + PARTIAL + (tail if is_tail else head)
-            ends[i % left] = max(before, done) + (splits * PARTIAL if is_tail else 0)
-            heapq.heappush(free, ends[i % left] if is_tail and done >= before else done)
-        return max(ends)
-
-    choices = [(1, 0)]
-    for splits in range(2, min(most, groups) + 1 if left else 0):
-        # A tail has work, and is no longer than a head.
-        choices += [(splits, head) for head in range(-(-groups // splits), (groups - 1) // (splits - 1) + 1)]
-    splits, head = min(choices, key=lambda choice: end(*choice))
-    return (tiles - left if splits > 1 else 0), splits, head
 
 
 @functools.cache
@@ -409,16 +368,12 @@ def _fused(
     permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
     width = triton.next_power_of_2(k) if tiles.scaled else 1024
     counters = partial = row_scale = None
-    programs, schedule = n_tiles * row_tiles, {}
     if tiles.scaled:
         row_scale = torch.empty(len(permuted), dtype=torch.float32, device=x.device)
-    if tiles.splits > 1 and tiles.whole < programs:
-        cut = programs - tiles.whole
-        head = max(tiles.head, triton.cdiv(k // (BLOCK * tiles.group), tiles.splits))
-        schedule = {"whole": tiles.whole, "cut": cut, "pieces": tiles.splits, "head": head}
-        counters = torch.empty(cut, dtype=torch.int32, device=x.device)
-        partial = torch.empty(tiles.splits, cut, tiles.n * tiles.rows, dtype=torch.float32, device=x.device)
-        programs = tiles.whole + cut * tiles.splits
+    if tiles.splits > 1:
+        counters = torch.empty(n_tiles * row_tiles, dtype=torch.int32, device=x.device)
+        size = (tiles.splits, n_tiles * row_tiles, tiles.n * tiles.rows)
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
     options = {"launch_pdl": True} if tiles.pdl else {}
     registers = {"maxnreg": tiles.registers} if tiles.registers else {}
     grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
@@ -430,13 +385,13 @@ def _fused(
         0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **options,
     )  # fmt: skip
-    _fused_kernel[(programs,)](
+    _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
         permuted, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, partial, counters,
         row_scale, lookup_table(permuted),
         len(x), n, k, row_tiles, 1 / TABLE_SCALE[permuted.dtype],
-        NESTED=isinstance(absmax, NestedAbsmax), SPLIT=bool(schedule),
+        NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, EMULATED=not x.is_cuda,
-        **expand, **schedule,
+        **expand,
         num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
     )  # fmt: skip
     return y
@@ -568,11 +523,8 @@ if triton is not None:
         return bound
 
     @triton.jit(  # one program for every batch size, and for every product of a model
-        do_not_specialize=[
-            "rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end",
-            "whole", "cut", "pieces", "head",
-        ]
-    )  # fmt: skip
+        do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
+    )
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
         counters_ptr, row_scale_ptr, table_ptr,
@@ -580,13 +532,9 @@ if triton is not None:
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr, EMULATED: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
-        RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, whole=None, cut=None, pieces=None, head=None,
+        RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded.
-
-        With SPLIT, the first programs each have one of the whole tiles. Then come the first pieces of the cut tiles, of
-        head groups, their second pieces, and so on; the last pieces have the groups left over. The hardware starts
-        programs in about this order: the short ones last, where others have ended.
 
         With row_scale_ptr, x is float16 and was divided by it, and weights are scaled before the product rather than
         sums of 64 terms after it: no second set of sums, and no wait for them before the next product. A row of W is
@@ -595,20 +543,13 @@ if triton is not None:
         if PDL:
             gdc_launch_dependents()
         tile = tl.program_id(0)
-        if SPLIT:
-            piece = tl.maximum(tile - whole, 0) // cut
-            tile -= piece * cut
         n_start = (tile // row_tiles) * N_TILE
         row = (tile % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
         n = tl.minimum(n_start + tl.arange(0, N_TILE), N - 1)  # rows beyond N repeat the last and are not stored
         blocks = K // 64
         groups = blocks // GROUP
-        if SPLIT:
-            share = tl.where(tile < whole, groups, head)
-        else:  # 0 and all groups; constants would change the loops that were measured
-            share = tl.cdiv(groups, tl.num_programs(1))
-            piece = tl.program_id(1)
-        first = piece * share
+        share = tl.cdiv(groups, tl.num_programs(1))
+        first = tl.program_id(1) * share
         last = tl.minimum(first + share, groups) - 1
         words_rows = words_ptr + n.to(tl.int64)[:, None] * (K // 4)
         if PDL:  # the memory would be idle until the kernel ahead has ended
@@ -696,28 +637,25 @@ if triton is not None:
         SUMS: tl.constexpr = min(8, max(1, 128 // ROW_TILE)) if N_TILE <= 64 else 1
         if SPLIT:
             local = tl.arange(0, N_TILE)[:, None] * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
-            partials = partial_ptr + (tile - whole).to(tl.int64) * (N_TILE * ROW_TILE) + local
-            step = cut.to(tl.int64) * (N_TILE * ROW_TILE)
-            if tile >= whole:
-                tl.store(partials + piece * step, accumulator)
+            partials = partial_ptr + tile.to(tl.int64) * (N_TILE * ROW_TILE) + local
+            step = tl.num_programs(0).to(tl.int64) * (N_TILE * ROW_TILE)
+            tl.store(partials + tl.program_id(1) * step, accumulator)
         if b_ptr is not None:  # their loads are under way while the tile is written and counted
-            # More ranks at a time would spill registers, or let fewer programs run at once.
-            PART: tl.constexpr = min(RANK_TILE, max(16, (2**17 if SPLIT else 2**18) // (N_TILE * ROW_TILE)))
+            # More ranks at a time would spill registers.
+            PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
             b, s = adapter_operands(
                 b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, 0,
                 y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
             )  # fmt: skip
         if SPLIT:
-            last_one = tile < whole
-            if tile >= whole:
-                tl.debug_barrier()  # the whole tile is written before the counter says so
-                last_one = tl.atomic_add(counters_ptr + tile - whole, 1, sem="acq_rel") == pieces - 1
-                if last_one:
-                    accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
-                    for i in range(0, pieces, SUMS):
-                        for j in tl.static_range(SUMS):
-                            pointers, inside = partials + (i + j) * step, i + j < pieces
-                            accumulator += tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.debug_barrier()  # the whole tile is written before the counter says so
+            last_one = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
+            if last_one:
+                accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
+                for i in range(0, tl.num_programs(1), SUMS):
+                    for j in tl.static_range(SUMS):
+                        inside = i + j < tl.num_programs(1)
+                        accumulator += tl.load(partials + (i + j) * step, mask=inside, other=0.0, cache_modifier=".cg")
         if last_one:
             y = accumulator * factor
             if SCALED:
