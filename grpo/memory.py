@@ -134,16 +134,21 @@ def kept_bytes(model: Dims, *, tokens: int) -> int:
     return int(1.05 * 2 * tokens * values)
 
 
+LATER_BYTES = GIB // 8
+"""what CUDA and compiled kernels may take of a card after `hold_memory` (22 MB more than the limit were seen on an H100)"""
+
+
 def hold_memory(limit_gb: float | None, device: torch.device) -> None:
     """From here on PyTorch takes no more of the card than keeps everything on it within `limit_gb` GiB, as nvidia-smi
     shows it: it gives cached blocks back first, and raises OutOfMemoryError after that. None, or no GPU: no limit.
 
-    Call it when all else (the CUDA context, an engine at rest) is there: what those take, PyTorch does not see."""
+    Call it when all else (the CUDA context, an engine at rest) is there: what those take, PyTorch does not see. For
+    kernels that are loaded later, `LATER_BYTES` are left."""
     if limit_gb is None or device.type != "cuda":
         return
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    allowed = int(limit_gb * GIB) - (total - free) + torch.cuda.memory_reserved(device)
+    allowed = int(limit_gb * GIB) - LATER_BYTES - (total - free) + torch.cuda.memory_reserved(device)
     if allowed <= 0:
         raise ValueError(f"--gpu-memory-gb {limit_gb:g}: {(total - free) / GIB:.1f} GiB of the card are in use already")
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -142,6 +142,6 @@ def test_held_memory_leaves_room_for_what_pytorch_does_not_see(monkeypatch):
     hold_memory(10, torch.device("cpu"))
     assert card["fraction"] is None
     hold_memory(30, device)
-    assert card["fraction"] == pytest.approx(25 / 80)  # 25 for PyTorch and 5 for the others are 30
+    assert card["fraction"] == pytest.approx((25 - 1 / 8) / 80)  # with 5 for the others, and what comes later, 30
     with pytest.raises(ValueError, match=r"--gpu-memory-gb 4: 20.0 GiB of the card are in use"):
         hold_memory(4, device)

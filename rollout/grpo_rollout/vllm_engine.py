@@ -662,7 +662,6 @@ def _fuse_adapters(model: Any) -> Any:
     ours = [name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None]
     for name, after in itertools.zip_longest(ours, ours[1:]):
         module = modules[name]
-        following = None if after is None else modules[after].base_layer.nf4.packed
         weight = module.base_layer.nf4
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
@@ -671,6 +670,8 @@ def _fuse_adapters(model: Any) -> Any:
         module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
         module.lora_b_stacked = tuple(t[None, None] for t in b.tensor_split(ends[:-1]))
         parent, _, leaf = name.rpartition(".")
+        # Between gate, up and down the memory is never idle: asked for there, down's codes came no sooner.
+        following = None if after is None or leaf == GATE_UP else modules[after].base_layer.nf4.packed
         mlp = model.get_submodule(parent)
         gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
         gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= set(ours)
