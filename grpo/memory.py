@@ -135,7 +135,7 @@ def kept_bytes(model: Dims, *, tokens: int) -> int:
 
 
 LATER_BYTES = GIB // 8
-"""what CUDA and compiled kernels may take of a card after `hold_memory` (22 MB more than the limit were seen on an H100)"""
+"""what CUDA and compiled kernels may take of a card after `hold_memory`: 22 MB beyond the limit were seen"""
 
 
 def hold_memory(limit_gb: float | None, device: torch.device) -> None:
