@@ -653,10 +653,10 @@ def _quick_logprobs(theirs: Callable) -> Callable:
 
 
 def _fuse_adapters(model: Any) -> Any:
-    """Let every layer marked by `_hand_over` compute its adapter within the NF4 product in decode steps.
+    """Let every layer marked by `_hand_over` add its adapter with its NF4 product, within it in decode steps.
 
-    All requests carry the one adapter there is, so nothing is asked of vLLM's mapping from tokens to adapters. The
-    slices' A, and B, become views of one matrix; longer steps go through vLLM's own kernels on the same memory.
+    All requests carry the one adapter there is, so nothing is asked of vLLM's mapping from tokens to adapters: its own
+    kernels for many adapters take the host longer than the card. The slices' A, and B, become views of one matrix.
     Modules come in the order in which they run, so each knows the weight that follows its own."""
     modules = model.lora_manager.modules
     ours = [name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None]
@@ -676,7 +676,7 @@ def _fuse_adapters(model: Any) -> Any:
         gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
         gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= set(ours)
         module.apply = functools.partial(
-            _apply_with_adapter, weight, Lora(a, b, ends), module.apply, gated and leaf == GATE_UP, following
+            _apply_with_adapter, weight, Lora(a, b, ends), gated and leaf == GATE_UP, following
         )
         if gated and leaf == DOWN:
             mlp.act_fn.forward = functools.partial(_left_to_products, mlp.act_fn.forward)
@@ -700,16 +700,13 @@ def _forget_adapters(worker: Any) -> None:
 def _apply_with_adapter(
     weight: Quantized,
     lora: Lora,
-    longer: Callable,
     gate_up: bool,
     following: torch.Tensor | None,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """gate_up: silu(gate) * up is to be made of what comes out: here where the kernel for few rows does it in passing,
-    else in the product after it."""
-    if not _within_product(x):
-        return longer(x, bias)
+    else in the product after it, of few tokens, and of many by vLLM."""
     gated: Any = None
     if gate_up and x.numel() <= FEW_ROWS_TILE * x.shape[-1]:
         gated = "y"
