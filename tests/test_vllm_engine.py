@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import random
 import signal
@@ -293,14 +294,13 @@ def test_an_adapter_in_wrong_slots_stops_the_run(fresh):
 @needs_vllm
 @pytest.mark.parametrize("pair", ["llama", "phi3"], indirect=True)
 def test_adapters_within_the_products(fresh, monkeypatch):
-    """`fused_lora`, by the kernel's reference: joined buffers from the start, none of vLLM's kernels in steps of up to
-    256 tokens, and those on the same memory in longer ones."""
-    products, gated = [], []
+    """`fused_lora`, by the kernel's reference: joined buffers from the start, none of vLLM's kernels, and in steps of
+    up to 256 tokens silu(gate) * up within a product."""
+    calls = []
 
-    def product(x, *arguments, **options):
-        products.append(len(x))
-        gated.append(options["gated"])
-        return nf4_linear(x, *arguments, **options)
+    def product(x, packed, *arguments, **options):
+        calls.append((len(x), options["gated"], packed, options["following"]))
+        return nf4_linear(x, packed, *arguments, **options)
 
     monkeypatch.setattr(vllm_engine, "nf4_linear", product)
     monkeypatch.setattr(nf4, "why_not", lambda weights: None)  # no Hopper here
@@ -312,18 +312,23 @@ def test_adapters_within_the_products(fresh, monkeypatch):
     try:
         assert engine.fused_lora
         engine.sync(fresh.model)
-        for longest in (256, 4):  # all steps in the product, only those of few tokens
+        for longest in (256, 4):  # all steps, only those of few tokens
             monkeypatch.setattr(vllm_engine, "FUSED_ROWS", longest)
-            products.clear()
-            gated.clear()
+            calls.clear()
             completions = engine.generate(PROMPTS, 4, Sampling(max_tokens=16), seed=0)
             assert gaps(fresh.model, PROMPTS, 4, completions).max() < 1e-4
-            assert products
-            assert max(products) <= longest
+            short = [gated for rows, gated, *_ in calls if rows <= longest]
+            assert not any(gated for rows, gated, *_ in calls if rows > longest)
+            assert (len(short) < len(calls)) == (longest == 4)
             # Of qkv, o, gate and up, down; of few tokens the third makes silu(gate) * up, else the last.
-            assert gated.count("x") + gated.count("y") == len(gated) / 4
-            assert bool(gated.count("x")) == (longest > FEW_ROWS_TILE)
-            assert gated.count("y")
+            assert short.count("x") + short.count("y") == len(short) / 4
+            assert bool(short.count("x")) == (longest > FEW_ROWS_TILE)
+            assert short.count("y")
+        for i, ((*_, following), (_, _, after, _)) in enumerate(itertools.pairwise(calls)):
+            if i % 8 in (2, 6, 7):  # gate and up; the second layer's last, after which comes the head
+                assert following is None
+            else:
+                assert following.data_ptr() == after.data_ptr()
     finally:
         engine.close()
         fresh.make_engine()

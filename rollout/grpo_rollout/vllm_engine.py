@@ -340,6 +340,7 @@ class VLLMEngine:
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
             detokenize=False,
+            skip_clone=True,  # nobody else has it
         )
 
     def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
@@ -705,10 +706,10 @@ def _apply_with_adapter(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """gate_up: silu(gate) * up is to be made of what comes out: here where the kernel for few rows does it in passing,
-    else in the product after it, of few tokens, and of many by vLLM."""
+    """gate_up: silu(gate) * up is to be made of what comes out. In a step of few tokens that is done here where the
+    kernel for few rows does it in passing, else in the product after it; in a longer one it is left to vLLM."""
     gated: Any = None
-    if gate_up and x.numel() <= FEW_ROWS_TILE * x.shape[-1]:
+    if gate_up and _within_product(x) and x.numel() <= FEW_ROWS_TILE * x.shape[-1]:
         gated = "y"
     elif x.shape[-1] == 2 * weight.cols:
         gated = "x"
@@ -716,12 +717,12 @@ def _apply_with_adapter(
 
 
 def _left_to_products(longer: Callable, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up is made within the product before or after where those take the adapter."""
+    """silu(gate) * up is made within the product before or after in steps of few tokens."""
     return x if _within_product(x) else longer(x)
 
 
 def _within_product(x: torch.Tensor) -> bool:
-    """Whether a step of so few tokens leaves adapter and activation to `nf4_linear`."""
+    """Whether a step of so few tokens leaves the activation to `nf4_linear`."""
     return x.numel() <= FUSED_ROWS * x.shape[-1]
 
 
