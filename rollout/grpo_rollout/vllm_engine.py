@@ -80,9 +80,9 @@ class VLLMEngine:
     fused_nf4: multiply 4-bit weights by grpo_kernels.nf4_linear, which reads them once, rather than as bitsandbytes
     does, which dequantises each to memory first. None: on Hopper, if it agrees with bitsandbytes' way when the engine
     is made; where not, one warning says why. True: the same, but an error where not. False: never.
-    fused_lora: where that product is used, let it add the adapter's too, in decode steps and up to rank 64. None: if it
-    agrees with separate products when the engine is made; where not, one warning says why. True: the same, but an error
-    where not. False: never.
+    fused_lora: where that product is used, let it add the adapter's too, up to rank 64. None: if it agrees with
+    separate products when the engine is made; where not, one warning says why. True: the same, but an error where not.
+    False: never.
     cuda_graphs: decode in captured graphs; without torch.compile, which doubles the start for a few per cent.
     sleep: release the KV cache whenever `generate` is done, so that training has its memory.
     check_every: the first 5 calls of `generate`, and then every so many, begin by comparing sampler and trainer
