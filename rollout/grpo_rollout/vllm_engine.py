@@ -171,6 +171,9 @@ class VLLMEngine:
             "cudagraph_specialize_lora": False,  # every request carries the adapter
             "cudagraph_capture_sizes": captured_batches(self.sizes.max_num_seqs),
         }
+        at_once = self.sizes.max_num_batched_tokens
+        if not on_gpu:  # vLLM fails there where a seeded request's prompt comes in pieces, so none does
+            at_once = max(at_once, self.sizes.max_model_len)
         with _random_state_kept(self.device):  # vLLM seeds every generator of the process
             self.llm = vllm.LLM(
                 model=folder or base.config._name_or_path,
@@ -180,7 +183,8 @@ class VLLMEngine:
                 load_format=METHOD,
                 max_model_len=self.sizes.max_model_len,
                 max_num_seqs=self.sizes.max_num_seqs,
-                max_num_batched_tokens=self.sizes.max_num_batched_tokens,
+                max_num_batched_tokens=at_once,
+                enable_chunked_prefill=on_gpu,
                 kv_cache_memory_bytes=self.sizes.kv_cache_bytes,
                 gpu_memory_utilization=max(0.01, math.floor(100 * self.sizes.kv_cache_bytes / total) / 100),
                 kv_cache_dtype=kv_cache_dtype,
