@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_swiglu import run
 
+from grpo_kernels.swiglu import swiglu_backward_
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -18,3 +20,15 @@ def test_values_and_gradients(shape, dtype):
     tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_backward_in_place(joined):
+    """Bit for bit what it is out of place: nothing is read after it was written over."""
+    g = torch.Generator("cuda").manual_seed(0)
+    both, grad = (torch.randn(300, n, generator=g, device="cuda").bfloat16() for n in (2 * 14_336, 14_336))
+    gate, up = both.chunk(2, -1) if joined else (half.clone() for half in both.chunk(2, -1))
+    expected = run(gate.clone(), up.clone(), grad, torch.bfloat16, None)
+    swiglu_backward_(gate, up, grad)
+    for actual, e in zip((grad, gate, up), expected):
+        assert torch.equal(actual, e)
