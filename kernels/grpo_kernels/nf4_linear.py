@@ -357,9 +357,9 @@ def _fused(
     if gated == "y" and (
         not few or not fits or (lora is not None and any(end not in (n // 2, n) for end in lora.ends))
     ):
-        return swiglu(*_fused(x, packed, absmax, shape, bias, tiles, lora, None, following).chunk(2, -1))
+        return swiglu(*_fused(x, packed, absmax, shape, bias, tiles, lora, following=following).chunk(2, -1))
     if lora is not None and not fits:
-        return _add_lora(_fused(x, packed, absmax, shape, bias, tiles, None, None, following), x, lora)
+        return _add_lora(_fused(x, packed, absmax, shape, bias, tiles, following=following), x, lora)
     if few:
         multiprocessors = _multiprocessors(x.device)
         return nf4_few_rows(x, packed, absmax, shape, bias, tiles, lora, gated == "y", multiprocessors, following)

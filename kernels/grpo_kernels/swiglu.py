@@ -65,11 +65,7 @@ def swiglu_backward_(
     gates, ups, grads = (x.view(-1, columns) for x in (gate, up, grad))  # a copy would not do
     if gates.stride(1) != 1 or ups.stride(1) != 1:
         raise ValueError(f"gate and up have strides {gate.stride()} and {up.stride()}: the last of them must be 1")
-    if grad.numel():
-        _backward_kernel[_grid(grads)](
-            grads, gates, ups, gates, ups, grads, columns, gates.stride(0), ups.stride(0), gates.stride(0),
-            ups.stride(0), columns, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    _backward(grads, gates, ups, gates, ups, grads)
     torch.autograd.graph.increment_version((gate, up, grad))
 
 
@@ -90,12 +86,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad = _rows(grad)
         grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        if grad.numel():
-            columns = grad.shape[1]
-            _backward_kernel[_grid(grad)](
-                grad, gate, up, grad_gate, grad_up, None, grad.stride(0), gate.stride(0), up.stride(0), columns,
-                columns, columns, BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+        _backward(grad, gate, up, grad_gate, grad_up, None)
         return grad_gate, grad_up
 
 
@@ -108,6 +99,15 @@ def _rows(x: Tensor) -> Tensor:
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return len(x), triton.cdiv(x.shape[1], BLOCK)
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, out: Tensor | None) -> None:
+    """Each [rows, columns], in rows of unit stride. out: grad itself, or None for no result."""
+    if grad.numel():
+        _backward_kernel[_grid(grad)](
+            grad, gate, up, grad_gate, grad_up, out, grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0),
+            grad_up.stride(0), grad.shape[1], BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 if triton is not None:

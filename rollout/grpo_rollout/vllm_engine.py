@@ -664,10 +664,10 @@ def _fuse_adapters(model: Any) -> Any:
     kernels for many adapters take the host longer than the card. The slices' A, and B, become views of one matrix.
     Modules come in the order in which they run, so each knows the weight that follows its own."""
     modules = model.lora_manager.modules
-    ours = [name for name, module in modules.items() if getattr(module.base_layer, "nf4", None) is not None]
-    for name, after in itertools.zip_longest(ours, ours[1:]):
+    weights = {name: getattr(module.base_layer, "nf4", None) for name, module in modules.items()}
+    ours = {name: weight for name, weight in weights.items() if weight is not None}
+    for (name, weight), after in itertools.zip_longest(ours.items(), [*ours.values()][1:]):
         module = modules[name]
-        weight = module.base_layer.nf4
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
         if ends[-1] != weight.rows or module.lora_a_stacked[0].shape[:2] != (1, 1):
@@ -676,10 +676,10 @@ def _fuse_adapters(model: Any) -> Any:
         module.lora_b_stacked = tuple(t[None, None] for t in b.tensor_split(ends[:-1]))
         parent, _, leaf = name.rpartition(".")
         # Between gate, up and down the memory is never idle: asked for there, down's codes came no sooner.
-        following = None if after is None or leaf == GATE_UP else modules[after].base_layer.nf4.packed
+        following = None if after is None or leaf == GATE_UP else after.packed
         mlp = model.get_submodule(parent)
         gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
-        gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= set(ours)
+        gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= ours.keys()
         module.apply = functools.partial(
             _apply_with_adapter, weight, Lora(a, b, ends), gated and leaf == GATE_UP, following
         )
