@@ -27,8 +27,8 @@ from torch import Tensor
 
 import grpo_kernels.nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE, Tiles
 from grpo_kernels.nf4_prepare import Lora
+from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles
 
 try:
     import bitsandbytes as bnb
@@ -267,31 +267,27 @@ def check(args: Args) -> bool:
 
 
 def candidates(rows: int) -> list[Tiles]:
-    """Tiles to try; splits are filled in for each shape. The first scale sums, the others weights."""
+    """Tiles to try; splits are filled in for each shape. The first scales sums, the others weights."""
     T = Tiles
     first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
     if rows <= FEW_ROWS_TILE:
         few = [T(16, 8 if rows <= 8 else 16, 1, warps, 1) for warps in (2, 4, 8, 16)]
         few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (80, 96)]
         return list(dict.fromkeys([first, *few, T(64, 16, 1, 4, 2, wide=False)]))
-    if rows <= 32:
-        height = 32
-        found = [T(64, height, 1, 4, 2), T(64, height, 1, 4, 2, wide=False), T(64, height, 1, 4, 3)]
-        found += [T(64, height, 1, 4, 3, group=2), T(64, height, 1, 4, 4, group=2), T(128, height, 1, 8, 2)]
-    elif rows <= 64:
-        found = [T(64, 64, 1, 4, 2), T(64, 64, 1, 4, 3, group=2), T(128, 64, 1, 8, 2), T(128, 64, 1, 8, 3, group=2)]
-        found += [T(256, 64, 1, 16, 2), T(256, 64, 1, 16, 3, group=2)]
+    if rows <= 64:
+        height = 32 if rows <= 32 else 64
+        found = [T(64, height, 1, 4, 3), T(64, height, 1, 4, 4), T(128, height, 1, 8, 3), T(128, height, 1, 8, 4)]
     elif rows <= 128:
-        found = [T(64, 128, 1, 4, 2, group=2), T(128, 128, 1, 8, 2), T(128, 128, 1, 8, 2, group=2, registers=128)]
-        found += [
-            T(128, 128, 1, 8, 3, group=2, registers=128),
-            T(256, 128, 1, 16, 2, group=2),
-            T(256, 128, 1, 16, 3, group=2),
+        found = [
+            T(64, 128, 1, 4, 3),
+            T(64, 128, 1, 4, 4),
+            T(128, 128, 1, 8, 4),
+            T(64, 64, 1, 4, 3),
+            T(128, 64, 1, 8, 3),
         ]
+        found.append(T(128, 128, 1, 8, 3, registers=128))
     else:
-        found = [T(128, 256, 1, 8, 2, group=2), T(128, 256, 1, 8, 3, group=2), T(256, 128, 1, 16, 2, group=2)]
-        found += [T(256, 128, 1, 16, 3, group=2)]
-        found += [T(128, 128, 1, 8, stages, group=2, registers=128) for stages in (2, 3)]
+        found = [T(128, 256, 1, 8, 3), T(128, 128, 1, 8, 4), T(128, 128, 1, 8, 3, registers=128), T(64, 256, 1, 4, 3)]
     return [first, *(tiles._replace(scaled=True) for tiles in found)]
 
 

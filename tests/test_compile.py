@@ -20,8 +20,9 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, nf4_dequantise, nf4_few_rows, nf4_linear, nf4_prepare
+from grpo_kernels import linear_logprob, nf4_dequantise, nf4_few_rows, nf4_linear, nf4_prepare, nf4_scaled
 from grpo_kernels import policy_terms, rope, swiglu, token_logprob
+from grpo_kernels.nf4_tiles import choose_tiles
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -79,33 +80,34 @@ for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio"))
 # The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
 chosen = {}
 for rows, scaled in itertools.product((32, 64, 128, 256), (False, True)):
-    for n in (1024, 2**17) if rows in (32, 256) else (1024,):  # of the widest no sum is split
-        tiles = nf4_linear.choose_tiles(rows, n, 4096, 132, scaled)
+    for n in (1024, 2**17) if rows >= (128 if scaled else 256) else (1024,):  # of the widest no sum is split
+        tiles = choose_tiles(rows, n, 4096, 132, scaled)
         chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
-assert len(chosen) == 11 and {tiles.splits for tiles in chosen} == {1, 2}
+assert len(chosen) == 10 and {tiles.splits for tiles in chosen} == {1, 2}
 for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
     rank = (16 if split else 64) if adapter else None
     nested = tiles.scaled or split
     dtype = "bf16" if nested else "fp16"
-    x = "fp16" if tiles.scaled else dtype
-    pointers = {"x": x, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
+    pointers = {"absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
+    pointers |= {"codes": "u8", "row_scale": "fp32"} if tiles.scaled else {"x": dtype, "words": "i16"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
     pointers |= {"partial": "fp32", "counters": "i32"} if split else {}
-    pointers |= {"row_scale": "fp32"} if tiles.scaled else {}
-    choices = {"NESTED": nested, "SPLIT": split, "GROUP": tiles.group, "WIDE": tiles.wide, "PDL": True}
-    choices |= {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "EMULATED": False}
+    choices = {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "SPLIT": split, "PDL": True, "EMULATED": False}
+    choices |= {} if tiles.scaled else {"NESTED": nested, "GROUP": tiles.group, "WIDE": tiles.wide}
     integers = "offset_stride rows N K row_tiles"
     if rank:
         pointers |= {"b": dtype, "shrunk": "fp32"}
         integers += " shrunk_rows shrink_splits slices first_end second_end"
         choices |= {"RANK": rank, "RANK_TILE": rank}
     known = types(pointers, integers, "factor")
-    used = compile(nf4_linear._fused_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
+    known |= {"x_desc": f"tensordesc<fp16[{tiles.rows}, 64]>"} if tiles.scaled else {}
+    kernel = nf4_scaled._scaled_kernel if tiles.scaled else nf4_linear._fused_kernel
+    used = compile(kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert used <= 227 * 1024, (tiles, used)  # what a program may have on Hopper
 
 def compile_few_rows(rows, n, nested, dtype, rank, gated):
-    tiles = nf4_linear.choose_tiles(rows, n, 4096, 132)
+    tiles = choose_tiles(rows, n, 4096, 132)
     pointers = {"x": dtype, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
     pointers |= {"b": dtype, "shrunk": "fp32"} if rank else {}

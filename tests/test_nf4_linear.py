@@ -10,10 +10,12 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_few_rows import Tiles, block_ptx
+from grpo_kernels.nf4_few_rows import block_ptx
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
 from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
 from grpo_kernels.nf4_prepare import SHRINK_BLOCK, Lora, _shrink_splits, lora_fits
+from grpo_kernels.nf4_scaled import scaled_lookup_ptx
+from grpo_kernels.nf4_tiles import Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
@@ -106,9 +108,9 @@ def test_fused_kernel(n, k, rows, tiles, nested, splits, monkeypatch):
 @pytest.mark.parametrize(
     ("n", "k", "rows", "tiles"),
     [
-        (96, 512, 1, Tiles(64, 16, 1, 4, 2, scaled=True)),
-        (65, 768, 17, Tiles(64, 16, 1, 4, 2, group=2, scaled=True)),
-        (40, 1024, 33, Tiles(64, 64, 1, 4, 2, wide=False, scaled=True)),
+        (96, 512, 1, Tiles(64, 16, 1, 4, 2, scaled=True)),  # N is no multiple of the tile
+        (65, 768, 17, Tiles(64, 16, 1, 4, 2, scaled=True)),  # two tiles of rows
+        (40, 1280, 33, Tiles(64, 64, 1, 4, 2, scaled=True)),  # splits of unequal length
     ],
     ids=str,
 )
@@ -123,8 +125,7 @@ def test_fused_kernel_with_scaled_weights(n, k, rows, tiles, splits):
     assert (actual.double() - exact).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("group", [2, 4])
-def test_scaled_weights_of_any_magnitude(group):
+def test_scaled_weights_of_any_magnitude():
     """Rows of x and of W far beyond float16's range, and zero ones."""
     x, packed, absmax, _ = problem(160, 512, 5, torch.bfloat16)  # 32 rows of W share a second-level scale
     x *= torch.tensor([2.0**60, 1.0, 0.0, 2.0**-60, 2.0**-20])[:, None]
@@ -132,7 +133,7 @@ def test_scaled_weights_of_any_magnitude(group):
     absmax = absmax._replace(absmax=absmax.absmax * factor, offset=absmax.offset * factor)
     exact = nf4_linear_reference(x.double(), packed, absmax, (160, 512)).view(5, 5, 32)
     with poisoned_memory():
-        actual = nf4._fused(x, packed, absmax, (160, 512), None, Tiles(64, 16, 1, 4, 2, group=group, scaled=True))
+        actual = nf4._fused(x, packed, absmax, (160, 512), None, Tiles(64, 16, 1, 4, 2, scaled=True))
     error = (actual.view(5, 5, 32) - exact).norm(dim=-1)
     assert (error <= 8e-3 * exact.norm(dim=-1)).all()  # the interpreter truncates bfloat16 outputs
 
@@ -178,7 +179,7 @@ def test_scaled_weights_with_an_adapter(n, k, rows, rank, ends, splits):
     x, packed, absmax, _ = problem(n, k, rows, torch.bfloat16)
     x *= 2.0 ** torch.arange(-16, 16, 32 / rows)[:, None]
     lora, bias = adapter(k, rank, ends, torch.bfloat16), torch.randn(n).bfloat16()
-    tiles = Tiles(64, 16 if rows == 5 else 64, splits, 4, 2, group=2, scaled=True)
+    tiles = Tiles(64, 16 if rows == 5 else 64, splits, 4, 2, scaled=True)
     exact = exact_product(x, packed, absmax, (n, k), bias, lora)
     with poisoned_memory():
         actual = nf4._fused(x, packed, absmax, (n, k), bias, tiles, lora)
@@ -235,21 +236,21 @@ def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
     """silu(gate) * up is made in passing, the adapter's product is of it too. x has strides, and is left as it is."""
     dtype = torch.bfloat16 if scaled else torch.float16
     monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: scaled)
-    _, packed, absmax, _ = problem(200, 256, 6)
-    both = torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    _, packed, absmax, _ = problem(200, 256, 18)
+    both = torch.randn(18, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     lora = None if rank is None else adapter(256, rank, (128, 200), dtype)
     gate, up = both.double().chunk(2, -1)
     exact = exact_product(torch.nn.functional.silu(gate) * up, packed, absmax, (200, 256), None, lora)
-    spaced = torch.full((2, 3, 1100), float("nan"), dtype=dtype)
-    spaced[..., 3:1027:2] = both.view(2, 3, 512)
+    spaced = torch.full((2, 9, 1100), float("nan"), dtype=dtype)
+    spaced[..., 3:1027:2] = both.view(2, 9, 512)
     with poisoned_memory():
         actual = nf4_linear(spaced[..., 3:1027:2], packed, absmax, (200, 256), lora=lora, gated="x", backend=backend)
-    assert actual.shape == (2, 3, 200)
-    assert relative_error(actual.view(6, 200), exact) < (1.5e-2 if scaled else 1e-3)
+    assert actual.shape == (2, 9, 200)
+    assert relative_error(actual.view(18, 200), exact) < (1.5e-2 if scaled else 1e-3)
     if backend == "fused" and rank != 80:  # to the bit what the two would be apart
         apart = swiglu(*both.chunk(2, -1), backend="triton")
         plain = nf4_linear(apart, packed, absmax, (200, 256), lora=lora, backend=backend)
-        assert torch.equal(actual.view(6, 200), plain)
+        assert torch.equal(actual.view(18, 200), plain)
 
 
 @pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
@@ -421,20 +422,20 @@ def test_ptx_of_the_lookup(dtype, in_registers):
             assert torch.equal(values[:, 2 * i + odd], table[torch.from_numpy(codes.astype(np.int64))])
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_ptx_of_the_scaled_lookup(which):
-    """The table's float16 values times one of a pair of scales, rounded once; the float16 product itself is numpy's."""
+def test_ptx_of_the_scaled_lookup():
+    """The table's float16 values times the scale, rounded once; the float16 product itself is numpy's."""
     random = np.random.default_rng(0)
     word = random.integers(0, 2**32, 4096, dtype=np.uint32)
-    scales = (random.random((4096, 2)) * 2.0 ** random.integers(-12, 15, (4096, 2))).astype(np.float16)
-    source = lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], which)
-    registers = run_ptx(source, {"$4": word, "$5": scales.view(np.uint32)[:, 0]})
+    scale = (random.random(4096) * 2.0 ** random.integers(-12, 15, 4096)).astype(np.float16)
+    operands = {"$4": word, "$5": np.repeat(scale, 2).view(np.uint32)}
+    operands |= {f"${6 + i}": constant for i, constant in enumerate(constants(torch.float16))}
+    registers = run_ptx(scaled_lookup_ptx(), operands)
     values = np.stack([registers[f"${i}"] for i in range(4)], -1).view(np.float16)  # [4096, 8], k = 0..7
     table = (np.array(NF4) * TABLE_SCALE[torch.float16]).astype(np.float16)
     for i in range(4):
         byte = word >> (8 * i) & 255
         for odd, codes in enumerate((byte >> 4, byte & 15)):
-            assert (values[:, 2 * i + odd] == table[codes] * scales[:, which]).all()
+            assert (values[:, 2 * i + odd] == table[codes] * scale).all()
 
 
 @pytest.mark.parametrize("columns", [1, 2])
@@ -493,6 +494,8 @@ def run_ptx(source: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarr
         elif op == "mov.b64":  # {low, high}, wide
             registers[names[0]] = value(names[2]).astype(np.uint32)
             result, names = value(names[2]) >> np.uint64(32), names[1:]
+        elif op == "mov.b32":
+            result = value(names[1])
         elif op == "mov.f32":
             registers[names[0]] = np.zeros(32) if names[1] == "0f00000000" else registers[names[1]]
             continue
@@ -549,12 +552,12 @@ def test_scales():
 def test_tiles_cover_the_sum():
     for rows, scaled in itertools.product((1, 16, 17, 64, 65, 300), (False, True)):
         for n, k in ((256, 1536), (1024, 4096), (4096, 14336), (28672, 8192), (96, 256)):
-            tiles = nf4.choose_tiles(rows, n, k, 132, scaled)
+            tiles = choose_tiles(rows, n, k, 132, scaled)
             assert tiles.splits >= 1
-            assert tiles.scaled == scaled
-            groups = k // 64 // tiles.group
-            share = -(-groups // tiles.splits)
-            assert share * (tiles.splits - 1) < groups  # no program without work
+            assert tiles.scaled == (scaled and rows > 16)
+            steps = k // tiles.step
+            share = -(-steps // tiles.splits)
+            assert share * (tiles.splits - 1) < steps  # no program without work
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from grpo.memory import GIB, dims
 from grpo.models import load_policy
 from grpo.run import read_metrics, strip_times
 from grpo.tiny import Tiny, tiny_model
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE
 from grpo_kernels.nf4_linear import nf4_linear
+from grpo_kernels.nf4_tiles import FEW_ROWS_TILE
 from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout import vllm_engine
 from grpo_rollout.engine import Sampling

@@ -3,7 +3,7 @@
 Warps share nothing until they add their sums, and codes go from memory to registers, so nothing is staged; x is read
 as it is, through L1. One mma.m16n8k16 takes 16 rows of W and 8 rows of x."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo_kernels.nf4_dequantise import NestedAbsmax, scale_arguments
 from grpo_kernels.nf4_lookup import TABLE_SCALE, lookup_lines, lookup_table
 from grpo_kernels.nf4_prepare import Lora, lora_arguments
+from grpo_kernels.nf4_tiles import Tiles
 
 try:
     import triton
@@ -22,23 +23,6 @@ except ImportError:  # no Triton on macOS
 FOLLOWING_PROGRAMS, FOLLOWING_BYTES = 256, 12 << 20
 """how many programs, the last ones, ask for codes of the product that follows, and for how much in all: what an H100
 reads while a norm and the kernel ahead of that product keep its memory idle, and its L2 cache holds"""
-FEW_ROWS_TILE = 16
-"""weight rows a program of the kernel for few rows, and the rows of x up to which it is the faster one"""
-
-
-class Tiles(NamedTuple):
-    """How the fused kernel is launched, or with n = 16 the one for few rows, of rows, warps and registers only."""
-
-    n: int  # weight rows a program
-    rows: int  # rows of x a program
-    splits: int  # programs that share the sum over k of one tile
-    warps: int
-    stages: int
-    group: int = 4  # blocks of 64 along k an iteration: 4 or 2
-    wide: bool = True  # load a group's words at once rather than block by block
-    pdl: bool = False  # start before the kernel ahead has ended
-    scaled: bool = False  # fp16 weights, scaled before the product: for bf16 x (of fp16 it loses a bit), NestedAbsmax
-    registers: int | None = None  # at most so many a thread
 
 
 def nf4_few_rows(

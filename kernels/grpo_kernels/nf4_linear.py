@@ -4,7 +4,7 @@ The weight [N, K] is as in `nf4_dequantise`.
 
     rows        path
     1 to 16     fused, for few rows: each warp streams columns of 16 rows of W (`nf4_few_rows`)
-    17 to 256   fused: tiles of W through shared memory (`_fused_kernel`)
+    17 to 256   fused, in tiles: scales multiply weights before the product (`nf4_scaled`) or sums (`_fused_kernel`)
     more        the weight dequantised into a buffer, by parts if it is large, and the vendor's matrix product
     no Triton   the whole weight dequantised in torch: the reference
 
@@ -39,9 +39,11 @@ from grpo_kernels.nf4_dequantise import (
     nf4_dequantise_reference,
     scale_arguments,
 )
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE, Tiles, nf4_few_rows
+from grpo_kernels.nf4_few_rows import nf4_few_rows
 from grpo_kernels.nf4_lookup import TABLE_SCALE, lookup_ptx, lookup_table
-from grpo_kernels.nf4_prepare import Lora, lora_arguments, lora_fits
+from grpo_kernels.nf4_prepare import Lora, lora_fits, prepare
+from grpo_kernels.nf4_scaled import nf4_scaled
+from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
 
 try:
@@ -292,36 +294,8 @@ def _gradient_by_chunks(grad: Tensor, packed: Tensor, absmax: Tensor | NestedAbs
 
 
 def _scaling_pays(rows: int, n: int, k: int) -> bool:
-    """Where `Tiles.scaled` was the faster on an H100: 5 to 16% at 64 rows, 6 to 26% at 256."""
-    return (32 < rows <= 64 and n > k) or (rows > 128 and n * k > 2**24)
-
-
-def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool = False) -> Tiles:
-    """Tiles measured on an H100: small enough that every multiprocessor has some, split over k where N is small.
-
-    scaled: tiles that scale weights before the product; measured at 64 and 256 rows."""
-    if rows <= FEW_ROWS_TILE and not scaled:  # more warps share a sum where there are few programs
-        warps = 8 if n // FEW_ROWS_TILE <= 2 * multiprocessors else 4
-        return Tiles(FEW_ROWS_TILE, 8 if rows <= 8 else 16, 1, min(warps, 2 ** int(math.log2(k // 256))), 1)
-    if scaled and rows > 128:
-        tiles, resident = Tiles(128, 256, 1, 8, 3, group=2, scaled=True), 1
-    elif scaled and rows > 64:
-        tiles, resident = Tiles(128, 128, 1, 8, 3, group=2, scaled=True, registers=128), 2
-    elif scaled and rows > 32:
-        tiles, resident = Tiles(64, 64, 1, 4, 3, group=2, scaled=True), 3
-    elif scaled:
-        tiles, resident = Tiles(64, 16 if rows <= 16 else 32, 1, 4, 2, scaled=True), 4
-    elif rows <= 32:
-        tiles, resident = Tiles(64, 32, 1, 4, 2), 3
-    elif rows <= 64:
-        tiles, resident = Tiles(64, 64, 1, 4, 2), 2
-    else:
-        tiles, resident = Tiles(64, 128, 1, 4, 3, group=2), 2
-    programs = -(-n // tiles.n) * -(-rows // tiles.rows)
-    splits = resident * multiprocessors / programs  # as many programs as are resident; a few more where rows are few
-    splits = max(1, min(math.ceil(splits) if rows <= 32 else int(splits), k // 512, 16))
-    groups = k // (BLOCK * tiles.group)
-    return tiles._replace(splits=-(-groups // -(-groups // splits)))  # only those that have work
+    """Where `Tiles.scaled` was the faster on an H100."""
+    return rows > 64 or (rows > 32 and n > k)
 
 
 @functools.cache
@@ -344,12 +318,14 @@ def _fused(
     n, k = shape
     if not len(x):
         return x.new_empty(0, n // 2 if gated == "y" else n)
+    multiprocessors = _multiprocessors(x.device)
     if tiles is None:
         scaled = _scaling_pays(len(x), n, k) and x.dtype == torch.bfloat16
-        # Up to four scales are loaded at once.
-        scaled = scaled and isinstance(absmax, NestedAbsmax) and absmax.quantised.data_ptr() % 4 == 0
-        tiles = choose_tiles(len(x), n, k, _multiprocessors(x.device), scaled)
-        tiles = tiles._replace(pdl=x.is_cuda and is_hopper(x.device))
+        # A thread loads 16 bytes of codes at once.
+        scaled = scaled and isinstance(absmax, NestedAbsmax) and packed.data_ptr() % 16 == 0
+        hopper = not x.is_cuda or is_hopper(x.device)
+        tiles = choose_tiles(len(x), n, k, multiprocessors, scaled and hopper)
+        tiles = tiles._replace(pdl=x.is_cuda and hopper)
     few = tiles.n == FEW_ROWS_TILE
     fits = lora is None or lora_fits(lora, tiles.n)
     if gated == "x" and (few or not fits):
@@ -361,60 +337,34 @@ def _fused(
     if lora is not None and not fits:
         return _add_lora(_fused(x, packed, absmax, shape, bias, tiles, following=following), x, lora)
     if few:
-        multiprocessors = _multiprocessors(x.device)
         return nf4_few_rows(x, packed, absmax, shape, bias, tiles, lora, gated == "y", multiprocessors, following)
-    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    n_tiles, row_tiles = triton.cdiv(n, tiles.n), triton.cdiv(len(x), tiles.rows)
-    permuted = torch.empty(row_tiles * tiles.rows, k, dtype=torch.float16 if tiles.scaled else x.dtype, device=x.device)
-    width = triton.next_power_of_2(k) if tiles.scaled else 1024
-    counters = partial = row_scale = None
     if tiles.scaled:
-        row_scale = torch.empty(len(permuted), dtype=torch.float32, device=x.device)
-    if tiles.splits > 1:
-        counters = torch.empty(n_tiles * row_tiles, dtype=torch.int32, device=x.device)
-        size = (tiles.splits, n_tiles * row_tiles, tiles.n * tiles.rows)
-        partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    options = {"launch_pdl": True} if tiles.pdl else {}
-    registers = {"maxnreg": tiles.registers} if tiles.registers else {}
-    grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
-    shrink, expand = lora_arguments(x, lora, len(permuted), tiles.rows, shape, _multiprocessors(x.device))
-    if lora is not None:
-        grid = (shrink["shrink_programs"] + grid[0] * grid[1],)
-    prepare_kernel[grid](
-        x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
-        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
-        num_warps=max(4, min(width // 1024, 16)), **options,
-    )  # fmt: skip
-    _fused_kernel[(n_tiles * row_tiles, tiles.splits)](
-        permuted, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, partial, counters,
-        row_scale, lookup_table(permuted),
-        len(x), n, k, row_tiles, 1 / TABLE_SCALE[permuted.dtype],
+        assert isinstance(absmax, NestedAbsmax)
+        return nf4_scaled(x, packed, absmax, shape, bias, tiles, lora, gated == "x", multiprocessors)
+    ready = prepare(x, shape, tiles, lora, gated == "x", multiprocessors)
+    y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
+    row_tiles = len(ready.x) // tiles.rows
+    _fused_kernel[(triton.cdiv(n, tiles.n) * row_tiles, tiles.splits)](
+        ready.x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, ready.partial, ready.counters,
+        lookup_table(ready.x),
+        len(x), n, k, row_tiles, 1 / TABLE_SCALE[x.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, EMULATED=not x.is_cuda,
-        **expand,
-        num_warps=tiles.warps, num_stages=tiles.stages, **options, **registers,
+        **ready.expand,
+        num_warps=tiles.warps, num_stages=tiles.stages, **({"launch_pdl": True} if tiles.pdl else {}),
     )  # fmt: skip
     return y
 
 
 if triton is not None:
     from grpo_kernels.nf4_dequantise import absmax_at
+    from grpo_kernels.nf4_finish import finish_tile
     from grpo_kernels.nf4_lookup import emulated_lookup, load_constants
-    from grpo_kernels.nf4_prepare import (
-        adapter_operands,
-        add_expanded,
-        exponent_of,
-        power_of_two,
-        prefetch,
-        prepare_kernel,
-    )
+    from grpo_kernels.nf4_prepare import prefetch
 
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16], registers=True))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], registers=True))
-    _PTX_SCALED_0 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=0, registers=True))
-    _PTX_SCALED_1 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], multiply=1, registers=True))
     _LOOKUP = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 11))
-    _SCALED_LOOKUP = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 13))
 
     @triton.jit
     def _lookup(words, constants, DTYPE: tl.constexpr):
@@ -447,25 +397,6 @@ if triton is not None:
         return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, WIDTH)), (0, 2, 1)))
 
     @triton.jit
-    def _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, GROUP: tl.constexpr):
-        """GROUP bytes of scales from block on in one int32, and their second-level scale and offset: [N_TILE] each."""
-        WORD: tl.constexpr = tl.int32 if GROUP == 4 else tl.int16
-        word = tl.load((absmax_ptr + block).to(tl.pointer_type(WORD), bitcast=True)).to(tl.int32)
-        outer = block // 256
-        return word, tl.load(outer_ptr + outer), tl.load(offset_ptr + outer * offset_stride)
-
-    @triton.jit
-    def _half_scales(raw, code_ptr, column_scale, FIRST: tl.constexpr):
-        """[N_TILE] int32: scales FIRST and FIRST + 1 of `_raw_scales`, times column_scale, as a pair of float16."""
-        word, outer, offset = raw
-        outer *= column_scale
-        offset *= column_scale
-        low = tl.load(code_ptr + ((word >> (8 * FIRST)) & 255)) * outer + offset
-        high = tl.load(code_ptr + ((word >> (8 * FIRST + 8)) & 255)) * outer + offset
-        low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-        return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
-
-    @triton.jit
     def _block_dot(words, table_ptr, constants, x_pointers, scale, accumulator, EMULATED: tl.constexpr):
         """accumulator + ([N_TILE, 16] words of one block of 64 along k times x) * scale, [N_TILE, ROW_TILE] float32."""
         x = tl.load(x_pointers)
@@ -480,66 +411,19 @@ if triton is not None:
         else:
             return accumulator + tl.dot(weights, x) * scale
 
-    @triton.jit
-    def _scaled_block_dot(
-        words, table_ptr, constants, x_pointers, scales, accumulator, WHICH: tl.constexpr, EMULATED: tl.constexpr
-    ):
-        """accumulator + (words times one of the pair of float16 in scales, rounded to float16) times x."""
-        x = tl.load(x_pointers)
-        scales = scales[:, None]
-        if EMULATED:
-            q0, q1, q2, q3 = emulated_lookup(words, table_ptr)
-        else:  # two words a register, and two registers of the same scales
-            c0, c1, c2, c3, c4 = constants
-            q0, q1, q2, q3 = tl.inline_asm_elementwise(
-                _PTX_SCALED_1 if WHICH else _PTX_SCALED_0, _SCALED_LOOKUP,
-                [words, tl.broadcast_to(scales, words.shape), c0, c1, c2, c3, c4],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
-        weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))
-        weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
-        if not EMULATED:
-            # The identity keeps the compiler from leaving the product in flight when the loop turns, where the next
-            # iteration would write registers that it reads.
-            return tl.inline_asm_elementwise(
-                "", "=r,0", [tl.dot(weights, x, accumulator)], dtype=tl.float32, is_pure=True, pack=1
-            )
-        else:
-            scale = ((scales >> (16 * WHICH)) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-            weights = (weights * scale).to(tl.float16).to(tl.float32)
-            return tl.dot(weights, x.to(tl.float32), accumulator, input_precision="ieee")
-
-    @triton.jit
-    def _largest_scale(code_ptr, outer_ptr, offset_ptr, offset_stride, n, blocks):
-        """[N_TILE] float32: what no scale of W's rows n exceeds, from the second-level scales alone."""
-        code = tl.max(tl.abs(tl.load(code_ptr + tl.arange(0, 256))), 0)
-        first = n * blocks // 256
-        last = (n * blocks + blocks - 1) // 256
-        bound = tl.zeros(n.shape, tl.float32)
-        for i in range(0, blocks // 256 + 2):
-            index = tl.minimum(first + i, last)
-            offset = tl.load(offset_ptr + index * offset_stride)
-            bound = tl.maximum(bound, code * tl.abs(tl.load(outer_ptr + index)) + tl.abs(offset))
-        return bound
-
     @triton.jit(  # one program for every batch size, and for every product of a model
         do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
     )
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
-        counters_ptr, row_scale_ptr, table_ptr,
+        counters_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr, EMULATED: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
-        """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded.
-
-        With row_scale_ptr, x is float16 and was divided by it, and weights are scaled before the product rather than
-        sums of 64 terms after it: no second set of sums, and no wait for them before the next product. A row of W is
-        multiplied by a power of two that brings its scales' bound into [2^14, 2^15)."""
-        SCALED: tl.constexpr = row_scale_ptr is not None
+        """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
         if PDL:
             gdc_launch_dependents()
         tile = tl.program_id(0)
@@ -560,22 +444,11 @@ if triton is not None:
 
         # A group's GROUP blocks begin at a multiple of GROUP, so they have one second-level scale.
         row_block = n * blocks
-        start = tl.minimum(first, groups - 1) * GROUP
-        if SCALED:
-            exponent = exponent_of(_largest_scale(code_ptr, outer_ptr, offset_ptr, offset_stride, n, blocks))
-            column_scale = power_of_two(268 - exponent)
-            raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, row_block + start, GROUP)
-            next01 = _half_scales(raw, code_ptr, column_scale, 0)
-            if GROUP == 4:
-                next23 = _half_scales(raw, code_ptr, column_scale, 2)
-            start = tl.minimum(first + 1, groups - 1) * GROUP
-            raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, row_block + start, GROUP)
-        else:
-            block = row_block[:, None] + start
-            scales = absmax_at(
-                absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
-                block // 256, NESTED,
-            )  # fmt: skip
+        block = row_block[:, None] + tl.minimum(first, groups - 1) * GROUP
+        scales = absmax_at(
+            absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+            block // 256, NESTED,
+        )  # fmt: skip
         if PDL:
             gdc_wait()  # only now: what was read so far is frozen
         constants = load_constants(table_ptr, EMULATED)
@@ -584,25 +457,16 @@ if triton is not None:
         x_pointers = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, 64)[:, None]
         accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
         for group in range(first, last + 1):
-            if SCALED:
-                s01 = next01
-                next01 = _half_scales(raw, code_ptr, column_scale, 0)
-                if GROUP == 4:
-                    s23 = next23
-                    next23 = _half_scales(raw, code_ptr, column_scale, 2)
-                block = row_block + tl.minimum(group + 2, last) * GROUP
-                raw = _raw_scales(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, GROUP)
+            block = row_block[:, None] + tl.minimum(group + 1, last) * GROUP
+            next_scales = absmax_at(
+                absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
+                block // 256, NESTED,
+            )  # fmt: skip
+            if GROUP == 4:
+                s0, s1, s2, s3 = _quarters(scales)
             else:
-                block = row_block[:, None] + tl.minimum(group + 1, last) * GROUP
-                next_scales = absmax_at(
-                    absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, block + tl.arange(0, GROUP)[None, :],
-                    block // 256, NESTED,
-                )  # fmt: skip
-                if GROUP == 4:
-                    s0, s1, s2, s3 = _quarters(scales)
-                else:
-                    s0, s1 = _halves(scales)
-                scales = next_scales
+                s0, s1 = _halves(scales)
+            scales = next_scales
             x_group = x_pointers + group * (GROUP * 64)
             words_group = words_pointers + group * (GROUP * 16)
             if WIDE:
@@ -616,61 +480,14 @@ if triton is not None:
                 if GROUP == 4:
                     w2 = tl.load(words_group + 32)
                     w3 = tl.load(words_group + 48)
-            if SCALED:
-                accumulator = _scaled_block_dot(w0, table_ptr, constants, x_group, s01, accumulator, 0, EMULATED)
-                accumulator = _scaled_block_dot(w1, table_ptr, constants, x_group + 64, s01, accumulator, 1, EMULATED)
-                if GROUP == 4:
-                    accumulator = _scaled_block_dot(
-                        w2, table_ptr, constants, x_group + 128, s23, accumulator, 0, EMULATED
-                    )
-                    accumulator = _scaled_block_dot(
-                        w3, table_ptr, constants, x_group + 192, s23, accumulator, 1, EMULATED
-                    )
-            else:
-                accumulator = _block_dot(w0, table_ptr, constants, x_group, s0, accumulator, EMULATED)
-                accumulator = _block_dot(w1, table_ptr, constants, x_group + 64, s1, accumulator, EMULATED)
-                if GROUP == 4:
-                    accumulator = _block_dot(w2, table_ptr, constants, x_group + 128, s2, accumulator, EMULATED)
-                    accumulator = _block_dot(w3, table_ptr, constants, x_group + 192, s3, accumulator, EMULATED)
+            accumulator = _block_dot(w0, table_ptr, constants, x_group, s0, accumulator, EMULATED)
+            accumulator = _block_dot(w1, table_ptr, constants, x_group + 64, s1, accumulator, EMULATED)
+            if GROUP == 4:
+                accumulator = _block_dot(w2, table_ptr, constants, x_group + 128, s2, accumulator, EMULATED)
+                accumulator = _block_dot(w3, table_ptr, constants, x_group + 192, s3, accumulator, EMULATED)
 
-        last_one = True
-        SUMS: tl.constexpr = min(8, max(1, 128 // ROW_TILE)) if N_TILE <= 64 else 1
-        if SPLIT:
-            local = tl.arange(0, N_TILE)[:, None] * ROW_TILE + tl.arange(0, ROW_TILE)[None, :]
-            partials = partial_ptr + tile.to(tl.int64) * (N_TILE * ROW_TILE) + local
-            step = tl.num_programs(0).to(tl.int64) * (N_TILE * ROW_TILE)
-            tl.store(partials + tl.program_id(1) * step, accumulator)
-        if b_ptr is not None:  # their loads are under way while the tile is written and counted
-            # More ranks at a time would spill registers.
-            PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
-            b, s = adapter_operands(
-                b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, 0,
-                y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
-            )  # fmt: skip
-        if SPLIT:
-            tl.debug_barrier()  # the whole tile is written before the counter says so
-            last_one = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == tl.num_programs(1) - 1
-            if last_one:
-                accumulator = tl.zeros((N_TILE, ROW_TILE), tl.float32)
-                for i in range(0, tl.num_programs(1), SUMS):
-                    for j in tl.static_range(SUMS):
-                        inside = i + j < tl.num_programs(1)
-                        accumulator += tl.load(partials + (i + j) * step, mask=inside, other=0.0, cache_modifier=".cg")
-        if last_one:
-            y = accumulator * factor
-            if SCALED:
-                y = y * tl.load(row_scale_ptr + row)[None, :] * power_of_two(exponent - 14)[:, None]
-            if bias_ptr is not None:
-                y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-            if b_ptr is not None:
-                y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
-                y = add_expanded(y, b, s, EMULATED)
-                for low in tl.static_range(PART, RANK_TILE, PART):
-                    b, s = adapter_operands(
-                        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
-                        low, y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
-                    )  # fmt: skip
-                    y = add_expanded(y, b, s, EMULATED)
-            column = n_start + tl.arange(0, N_TILE)
-            inside = (row < rows)[None, :] & (column < N)[:, None]
-            tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+        finish_tile(
+            accumulator, tile, n_start, n, row, rows, N, factor, None, None, bias_ptr, y_ptr, partial_ptr,
+            counters_ptr, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end,
+            SPLIT, EMULATED, RANK, RANK_TILE,
+        )  # fmt: skip

@@ -4,7 +4,6 @@ A byte permute (PTX prmt) looks four codes up at once in eight bytes of table; t
 eight registers. About three integer instructions a weight, no table in memory."""
 
 import functools
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ SELECTORS = 0x32103210
 """byte i or, with 4 added, byte i of the other operand"""
 
 
-def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None = None, registers: bool = False) -> str:
+def lookup_ptx(dtype: torch.dtype, scale: float, registers: bool = False) -> str:
     """PTX that turns four bytes of codes into their eight values, NF4[code] * scale in dtype.
 
     The lowest byte is the first in memory and its high four bits are its even k, so from the lowest bits on the word
@@ -37,16 +36,12 @@ def lookup_ptx(dtype: torch.dtype, scale: float, multiply: Literal[0, 1] | None 
     One prmt with the low three bits of four codes as selectors picks four bytes out of eight; this is done in both
     halves of the table, and a third prmt, with bit 3 of the codes, picks one of the two. Once for each byte of dtype.
 
-    multiply: for float16, times that one of the two float16 values in $5, rounded; there is a $6, not used.
     registers: `lookup_constants` in the operands that follow, two each, the same.
     """
     size = dtype.itemsize
-    constants = [f"${2 * size + (1 if multiply is None else 3) + 2 * i}" for i in range(5)] if registers else None
+    constants = [f"${2 * size + 1 + 2 * i}" for i in range(5)] if registers else None
     lines = lookup_lines(dtype, scale, f"${2 * size}", [f"${i}" for i in range(2 * size)], constants)
-    if multiply is not None:  # the scale is read before the outputs are written: they may share a register
-        lines.insert(0, f"prmt.b32 t, $5, $5, {(0x1010, 0x3232)[multiply]:#06x};")
-        lines += [f"mul.rn.f16x2 ${i}, ${i}, t;" for i in range(4)]
-    return "{ .reg .b32 m, s, p, q, a, b, c, d, t;\n" + "\n".join(lines) + "\n}"
+    return "{ .reg .b32 m, s, p, q, a, b, c, d;\n" + "\n".join(lines) + "\n}"
 
 
 def lookup_lines(

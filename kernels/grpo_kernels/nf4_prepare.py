@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels.nf4_tiles import Tiles
+
 try:
     import triton
     import triton.language as tl
@@ -50,7 +52,7 @@ def _shrink_splits(tiles: int, rows: int, k: int, rank: int, multiprocessors: in
     programs of the product, which each read all parts of their rows (a tile of so many), can spare: few percent of
     what they read of x."""
     blocks = k // SHRINK_BLOCK
-    most = max(2, k // (max(32, rows // 2) * rank))
+    most = max(2, k // (max(32, rows // 4) * rank))
     splits = max(1, min(-(-blocks // 4), 16, most, 2 * multiprocessors // tiles))
     share = -(-blocks // splits)
     return share, -(-blocks // share)
@@ -78,6 +80,42 @@ def lora_arguments(
     }  # fmt: skip
     first, second = (*lora.ends, n, n)[:2]
     return shrink, common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
+
+
+class Prepared(NamedTuple):
+    x: Tensor  # [row tiles * rows of one, K], permuted and padded
+    row_scale: Tensor | None  # [rows of x] float32, of scaled tiles
+    partial: Tensor | None  # [splits, tiles, values of one] float32, not written yet
+    counters: Tensor | None  # [tiles] int32, zero
+    expand: dict[str, Any]  # of the product's kernel, for an adapter
+
+
+def prepare(
+    x: Tensor, shape: tuple[int, int], tiles: Tiles, lora: Lora | None, gated: bool, multiprocessors: int
+) -> Prepared:
+    """What a product in tiles needs of x [rows, K] or, gated, [rows, 2 K]: launches `prepare_kernel`."""
+    n, k = shape
+    row_tiles = triton.cdiv(len(x), tiles.rows)
+    count = triton.cdiv(n, tiles.n) * row_tiles
+    dtype = torch.float16 if tiles.scaled else x.dtype
+    permuted = torch.empty(row_tiles * tiles.rows, k, dtype=dtype, device=x.device)
+    row_scale = counters = partial = None
+    if tiles.scaled:
+        row_scale = torch.empty(len(permuted), dtype=torch.float32, device=x.device)
+    if tiles.splits > 1:
+        counters = torch.empty(count, dtype=torch.int32, device=x.device)
+        partial = torch.empty(tiles.splits, count, tiles.n * tiles.rows, dtype=torch.float32, device=x.device)
+    width = triton.next_power_of_2(k) if tiles.scaled else 1024
+    grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
+    shrink, expand = lora_arguments(x, lora, len(permuted), tiles.rows, shape, multiprocessors)
+    if lora is not None:
+        grid = (shrink["shrink_programs"] + grid[0] * grid[1],)
+    prepare_kernel[grid](
+        x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
+        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
+        num_warps=max(4, min(width // 1024, 16)), **({"launch_pdl": True} if tiles.pdl else {}),
+    )  # fmt: skip
+    return Prepared(permuted, row_scale, partial, counters, expand)
 
 
 if triton is not None:
@@ -110,7 +148,8 @@ if triton is not None:
     ):  # fmt: skip
         """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
 
-        A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, out is float16 and
+        A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, for `nf4_scaled`:
+        out[row, 128 b + 64 j + 16 i + 8 h + 2 t + e] = x[row, 128 b + 32 t + 16 j + 8 h + 2 i + e]; out is float16, and
         a row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for
         bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
         column = block * WIDTH + tl.arange(0, WIDTH)
@@ -120,7 +159,11 @@ if triton is not None:
             exponent = exponent_of(tl.max(tl.abs(x.to(tl.float32)), 0))
             tl.store(row_scale_ptr + row, power_of_two(exponent - 14))
             x = (x.to(tl.float32) * power_of_two(268 - exponent)).to(tl.float16)
-        x = tl.reshape(tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3)), (WIDTH,))
+        if row_scale_ptr is None:
+            x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
+        else:
+            x = tl.permute(tl.reshape(x, (WIDTH // 128, 4, 2, 2, 4, 2)), (0, 2, 4, 3, 1, 5))
+        x = tl.reshape(x, (WIDTH,))
         tl.store(out_ptr + row.to(tl.int64) * columns + column, x, mask=inside)
         if counters_ptr is not None:
             first = (row * column_blocks + block) * WIDTH
@@ -210,7 +253,8 @@ if triton is not None:
         [PART, ROW_TILE]."""
         slice_index = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
         step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
-        AT_ONCE: tl.constexpr = min(8, 256 // row.shape[0]) if row.shape[0] <= 64 else 1  # more loads would spill
+        MANY: tl.constexpr = 4 if PART == RANK_TILE else 2
+        AT_ONCE: tl.constexpr = min(8, 256 // row.shape[0]) if row.shape[0] <= 64 else MANY  # more loads would spill
         rank = low + tl.arange(0, PART)
         pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
         pointers += (slice_index * RANK_TILE + rank)[:, None]

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from grpo.memory import GIB, dims
-from grpo_kernels.nf4_few_rows import FEW_ROWS_TILE
 from grpo_kernels.nf4_linear import FUSED_ROWS, nf4_linear
 from grpo_kernels.nf4_prepare import FUSED_RANK, Lora
+from grpo_kernels.nf4_tiles import FEW_ROWS_TILE
 from grpo_kernels.token_logprob import token_logprob
 from grpo_rollout import fused_nf4 as nf4
 from grpo_rollout.engine import Completion, Sampling

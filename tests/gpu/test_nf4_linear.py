@@ -39,7 +39,7 @@ def test_no_worse_than_bitsandbytes(n, k, backend, rows, nested, dtype):
         assert torch.equal(actual, nf4_linear(x, packed, absmax, (n, k), bias, backend=backend))  # deterministic
 
 
-@pytest.mark.parametrize("rows", [1, 17, 33, 100, 250])
+@pytest.mark.parametrize("rows", [17, 33, 100, 250])
 @pytest.mark.parametrize(("n", "k"), [(200, 512), (1024, 4096), (96, 8960)])
 def test_scaled_weights_are_no_worse_than_bitsandbytes(n, k, rows, monkeypatch):
     """The tiles that scale weights before the product, whether or not they are the default; large and small rows."""
@@ -128,7 +128,7 @@ def test_adapter(rows, rank, dtype, n, k, ends):
     assert torch.equal(nf4_linear(x, packed, absmax, (n, k), bias, lora=zeros, backend="fused"), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64, 100, 250])
+@pytest.mark.parametrize("rows", [17, 64, 100, 250])
 @pytest.mark.parametrize(("rank", "ends"), [(16, (128, 256, 600)), (48, (600,)), (64, (256, 600)), (80, (600,))])
 def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch):
     monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: True)
