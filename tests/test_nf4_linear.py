@@ -125,6 +125,25 @@ def test_fused_kernel_with_scaled_weights(n, k, rows, tiles, splits):
     assert (actual.double() - exact).abs().max() < 5e-3
 
 
+def test_which_products_scale_weights(monkeypatch):
+    """Those of bfloat16 x and nested scales, and whose codes a thread can load 16 bytes at a time."""
+    seen = []
+    monkeypatch.setattr(nf4, "choose_tiles", lambda *a: seen.append(a[-1]) or choose_tiles(*a))
+    x, packed, absmax, _ = problem(128, 256, 66, torch.bfloat16)
+    moved = torch.cat([packed.new_zeros(8, 1), packed])[8:]
+    exact = nf4_linear_reference(x.double(), packed, absmax, (128, 256))
+    for values, codes, scales, scaled in (
+        (x, packed, absmax, True),
+        (x.half(), packed, absmax, False),
+        (x, packed, expand_absmax(absmax), False),
+        (x, moved, absmax, False),
+        (x[:20], packed, absmax, False),
+    ):
+        actual = nf4_linear(values, codes, scales, (128, 256), backend="fused")
+        assert seen.pop() == scaled
+        assert relative_error(actual, exact[: len(values)]) < 1e-2
+
+
 def test_scaled_weights_of_any_magnitude():
     """Rows of x and of W far beyond float16's range, and zero ones."""
     x, packed, absmax, _ = problem(160, 512, 5, torch.bfloat16)  # 32 rows of W share a second-level scale
