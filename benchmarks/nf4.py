@@ -278,14 +278,8 @@ def candidates(rows: int) -> list[Tiles]:
         height = 32 if rows <= 32 else 64
         found = [T(64, height, 1, 4, 3), T(64, height, 1, 4, 4), T(128, height, 1, 8, 3), T(128, height, 1, 8, 4)]
     elif rows <= 128:
-        found = [
-            T(64, 128, 1, 4, 3),
-            T(64, 128, 1, 4, 4),
-            T(128, 128, 1, 8, 4),
-            T(64, 64, 1, 4, 3),
-            T(128, 64, 1, 8, 3),
-        ]
-        found.append(T(128, 128, 1, 8, 3, registers=128))
+        found = [T(64, 128, 1, 4, stages) for stages in (3, 4)] + [T(64, 64, 1, 4, 3), T(128, 64, 1, 8, 3)]
+        found += [T(128, 128, 1, 8, 4), T(128, 128, 1, 8, 3, registers=128)]
     else:
         found = [T(128, 256, 1, 8, 3), T(128, 128, 1, 8, 4), T(128, 128, 1, 8, 3, registers=128), T(64, 256, 1, 4, 3)]
     return [first, *(tiles._replace(scaled=True) for tiles in found)]

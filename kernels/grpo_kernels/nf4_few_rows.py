@@ -44,8 +44,6 @@ def nf4_few_rows(
     following: see `nf4_linear`."""
     n, k = shape
     y = torch.empty(len(x), n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    options = {"launch_pdl": True} if tiles.pdl else {}
-    registers = {"maxnreg": tiles.registers} if tiles.registers else {}
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
     shrink, expand = lora_arguments(x, lora, len(x), 16, shape, multiprocessors)
@@ -58,14 +56,14 @@ def nf4_few_rows(
     if lora is not None:
         prepare_kernel[(shrink["shrink_programs"],)](
             x, None, None, None, x.stride(0), x.stride(1), None, len(x), k, 0,
-            WIDTH=1024, PDL=tiles.pdl, **shrink, num_warps=4, **options,
+            WIDTH=1024, PDL=tiles.pdl, **shrink, num_warps=4, **tiles.launch,
         )  # fmt: skip
     _few_rows_kernel[(programs,)](
         x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, lookup_table(x),
         len(x), x.stride(0), n, k, 1 / TABLE_SCALE[x.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, GATED=gated,
         PDL=tiles.pdl, EMULATED=not x.is_cuda, **expand, **ahead,
-        num_warps=tiles.warps, num_stages=1, **options, **registers,
+        num_warps=tiles.warps, num_stages=1, **tiles.options,
     )  # fmt: skip
     return y
 
@@ -103,7 +101,7 @@ def block_ptx(dtype: torch.dtype, columns: int) -> str:
 
 if triton is not None:
     from grpo_kernels.nf4_lookup import load_constants
-    from grpo_kernels.nf4_prepare import adapter_operands, add_expanded, prefetch, prepare_kernel
+    from grpo_kernels.nf4_prepare import adapter_operands, add_expanded, prefetch_adapter, prepare_kernel
     from grpo_kernels.swiglu import gate_times_up
 
     _BLOCK_BF16_1 = tl.constexpr(block_ptx(torch.bfloat16, 1))
@@ -284,8 +282,7 @@ if triton is not None:
         raw_g = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_g + step * 4, NESTED)
         raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
         if PDL and b_ptr is not None:
-            rank = tl.arange(0, RANK_TILE // 16) * 16  # sectors of 32 bytes
-            prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + tl.minimum(rank, RANK - 1)[None, :])
+            prefetch_adapter(b_ptr, n, RANK, RANK_TILE)
         # A warp whose turns are over, or that has none, counts its last blocks no more.
         scale_g = tl.where(warp < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
         scale_h = tl.where(warp < steps, _scale(raw_h, code_ptr, NESTED), 0.0)

@@ -15,7 +15,7 @@ y^T = W x^T, so that W's rows fill the tensor cores' long side however few rows 
 - The table holds round(NF4[i] * TABLE_SCALE), and the result is divided by TABLE_SCALE: the factor at which the 16
   values round best in x's type. Their error (weighted by how often a value occurs) is then 0.08% in bfloat16, half of
   what dequantising to bfloat16 costs, and 0.008% in float16. The scales multiply fp32 partial sums of 64 terms, so they
-  add no error.
+  add no error; for those of `nf4_scaled` see there.
 - A thread decodes pairs of 16-bit words of four codes. To spare it shuffles, x is first permuted along k in the same
   way (`prepare_kernel`), which pads its rows to the tile as well; for few rows it is read as it is.
 - Split-K: programs leave fp32 partial tiles, the last one to finish adds them in order, so the sum is deterministic.
@@ -343,15 +343,14 @@ def _fused(
         return nf4_scaled(x, packed, absmax, shape, bias, tiles, lora, gated == "x", multiprocessors)
     ready = prepare(x, shape, tiles, lora, gated == "x", multiprocessors)
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    row_tiles = len(ready.x) // tiles.rows
-    _fused_kernel[(triton.cdiv(n, tiles.n) * row_tiles, tiles.splits)](
+    _fused_kernel[ready.grid](
         ready.x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, ready.partial, ready.counters,
         lookup_table(ready.x),
-        len(x), n, k, row_tiles, 1 / TABLE_SCALE[x.dtype],
+        len(x), n, k, ready.row_tiles, 1 / TABLE_SCALE[x.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), SPLIT=tiles.splits > 1,
         N_TILE=tiles.n, ROW_TILE=tiles.rows, GROUP=tiles.group, WIDE=tiles.wide, PDL=tiles.pdl, EMULATED=not x.is_cuda,
         **ready.expand,
-        num_warps=tiles.warps, num_stages=tiles.stages, **({"launch_pdl": True} if tiles.pdl else {}),
+        num_warps=tiles.warps, num_stages=tiles.stages, **tiles.options,
     )  # fmt: skip
     return y
 
@@ -360,7 +359,7 @@ if triton is not None:
     from grpo_kernels.nf4_dequantise import absmax_at
     from grpo_kernels.nf4_finish import finish_tile
     from grpo_kernels.nf4_lookup import emulated_lookup, load_constants
-    from grpo_kernels.nf4_prepare import prefetch
+    from grpo_kernels.nf4_prepare import prefetch, prefetch_adapter
 
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16], registers=True))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], registers=True))
@@ -439,8 +438,7 @@ if triton is not None:
         if PDL:  # the memory would be idle until the kernel ahead has ended
             prefetch(words_rows + tl.minimum(first + tl.arange(0, 2), groups - 1)[None, :] * (GROUP * 16))
             if b_ptr is not None:
-                sector = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)  # of 32 bytes
-                prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + sector[None, :])
+                prefetch_adapter(b_ptr, n, RANK, RANK_TILE)
 
         # A group's GROUP blocks begin at a multiple of GROUP, so they have one second-level scale.
         row_block = n * blocks

@@ -88,6 +88,8 @@ class Prepared(NamedTuple):
     partial: Tensor | None  # [splits, tiles, values of one] float32, not written yet
     counters: Tensor | None  # [tiles] int32, zero
     expand: dict[str, Any]  # of the product's kernel, for an adapter
+    row_tiles: int
+    grid: tuple[int, int]  # of the product's kernel
 
 
 def prepare(
@@ -113,9 +115,9 @@ def prepare(
     prepare_kernel[grid](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
         0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
-        num_warps=max(4, min(width // 1024, 16)), **({"launch_pdl": True} if tiles.pdl else {}),
+        num_warps=max(4, min(width // 1024, 16)), **tiles.launch,
     )  # fmt: skip
-    return Prepared(permuted, row_scale, partial, counters, expand)
+    return Prepared(permuted, row_scale, partial, counters, expand, row_tiles, (count, tiles.splits))
 
 
 if triton is not None:
@@ -243,6 +245,12 @@ if triton is not None:
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
             pack=1,
         )  # fmt: skip
+
+    @triton.jit
+    def prefetch_adapter(b_ptr, n, RANK: tl.constexpr, RANK_TILE: tl.constexpr):
+        """B's rows n likewise, by sectors of 32 bytes."""
+        sector = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)
+        prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + sector[None, :])
 
     @triton.jit
     def adapter_operands(

@@ -15,8 +15,6 @@ their scales into [2^14, 2^15), so that no magnitude leaves float16. Error: tabl
 float16, 2.9e-4 together, where bfloat16 weights cost 1.7e-3.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -49,16 +47,13 @@ def nf4_scaled(
     n, k = shape
     ready = prepare(x, shape, tiles, lora, gated, multiprocessors)
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-    row_tiles = len(ready.x) // tiles.rows
-    options: dict[str, Any] = {"launch_pdl": True} if tiles.pdl else {}
-    options |= {"maxnreg": tiles.registers} if tiles.registers else {}
-    _scaled_kernel[(triton.cdiv(n, tiles.n) * row_tiles, tiles.splits)](
+    _scaled_kernel[ready.grid](
         TensorDescriptor.from_tensor(ready.x, [tiles.rows, 64]), packed.view(-1), *scale_arguments(absmax), bias, y,
         ready.partial, ready.counters, ready.row_scale, lookup_table(ready.x),
-        len(x), n, k, row_tiles, 1 / TABLE_SCALE[torch.float16],
+        len(x), n, k, ready.row_tiles, 1 / TABLE_SCALE[torch.float16],
         SPLIT=tiles.splits > 1, N_TILE=tiles.n, ROW_TILE=tiles.rows, PDL=tiles.pdl, EMULATED=not x.is_cuda,
         **ready.expand,
-        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+        num_warps=tiles.warps, num_stages=tiles.stages, **tiles.options,
     )  # fmt: skip
     return y
 
@@ -75,7 +70,7 @@ def scaled_lookup_ptx() -> str:
 if triton is not None:
     from grpo_kernels.nf4_finish import finish_tile
     from grpo_kernels.nf4_lookup import load_constants
-    from grpo_kernels.nf4_prepare import exponent_of, power_of_two, prefetch
+    from grpo_kernels.nf4_prepare import exponent_of, power_of_two, prefetch_adapter
 
     _LOOKUP = tl.constexpr(scaled_lookup_ptx())
     _LOOKUP_OPERANDS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 7))
@@ -235,8 +230,7 @@ if triton is not None:
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, steps) - 1
         if PDL and b_ptr is not None:  # the memory would be idle until the kernel ahead has ended
-            sector = tl.minimum(tl.arange(0, RANK_TILE // 16) * 16, RANK - 1)  # of 32 bytes
-            prefetch(b_ptr + n.to(tl.int64)[:, None] * RANK + sector[None, :])
+            prefetch_adapter(b_ptr, n, RANK, RANK_TILE)
 
         t = tl.arange(0, 4)[None, :]
         codes = codes_ptr + n.to(tl.int64)[:, None] * (K // 2) + t * 16

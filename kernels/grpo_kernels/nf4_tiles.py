@@ -1,7 +1,7 @@
 """Sizes of the tiles in which the fused kernels for NF4 weights compute y^T = W x^T."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grpo_kernels.nf4_dequantise import BLOCK
 
@@ -29,6 +29,16 @@ class Tiles(NamedTuple):
     def step(self) -> int:
         """along k, of an iteration"""
         return SCALED_STEP if self.scaled else BLOCK * self.group
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Options of every launch, of the product's kernel and of the one ahead of it; the interpreter knows none."""
+        return {"launch_pdl": True} if self.pdl else {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the product's kernel."""
+        return self.launch | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool = False) -> Tiles:
