@@ -27,7 +27,7 @@ from torch import Tensor
 
 import grpo_kernels.nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_prepare import Lora
+from grpo_kernels.nf4_prepare import COUNTERS, Lora
 from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles
 
 try:
@@ -179,7 +179,8 @@ def slice_ends(args: Args, shape: tuple[int, int]) -> tuple[int, ...]:
 def random_lora(args: Args, shape: tuple[int, int]) -> Lora:
     (n, k), ends = shape, slice_ends(args, shape)
     a = torch.randn(len(ends) * args.lora, k, device=DEVICE) / k**0.5
-    return Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends)
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=DEVICE)
+    return Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends, counters)
 
 
 def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[Lora], fused: bool) -> Callable[[], None]:
@@ -451,7 +452,7 @@ def chunks(args: Args) -> None:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.scaled is not None:
-        nf4._scaling_pays = lambda *_: args.scaled
+        nf4._scales_weights = lambda *_: args.scaled
     if args.compile is not None:
         sys.exit(not compile_tiles(args))
     good = compile_all(args) if args.tune else set()

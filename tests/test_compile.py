@@ -27,7 +27,10 @@ from grpo_kernels.nf4_tiles import choose_tiles
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    sizes = ("N", "K", "columns", "row_stride")
+    even = [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}  # as in real launches
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
@@ -79,11 +82,11 @@ for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio"))
 
 # The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
 chosen = {}
-for rows, scaled in itertools.product((32, 64, 128, 256), (False, True)):
-    for n in (1024, 2**17) if rows >= (128 if scaled else 256) else (1024,):  # of the widest no sum is split
+for rows, n, scaled in itertools.product((32, 64, 128, 256), (1024, 4096, 2**17), (False, True)):
+    if scaled or rows == 256 or n == 1024:
         tiles = choose_tiles(rows, n, 4096, 132, scaled)
         chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
-assert len(chosen) == 10 and {tiles.splits for tiles in chosen} == {1, 2}
+assert len(chosen) == 13 and {tiles.splits for tiles in chosen} == {1, 2}
 for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
     rank = (16 if split else 64) if adapter else None
@@ -97,8 +100,8 @@ for tiles, adapter in itertools.product(chosen, (False, True)):
     choices |= {} if tiles.scaled else {"NESTED": nested, "GROUP": tiles.group, "WIDE": tiles.wide}
     integers = "offset_stride rows N K row_tiles"
     if rank:
-        pointers |= {"b": dtype, "shrunk": "fp32"}
-        integers += " shrunk_rows shrink_splits slices first_end second_end"
+        pointers |= {"b": dtype, "shrunk": dtype}
+        integers += " slices first_end second_end"
         choices |= {"RANK": rank, "RANK_TILE": rank}
     known = types(pointers, integers, "factor")
     known |= {"x_desc": f"tensordesc<fp16[{tiles.rows}, 64]>"} if tiles.scaled else {}
@@ -117,9 +120,9 @@ def compile_few_rows(rows, n, nested, dtype, rank, gated):
     tiles = choose_tiles(rows, n, 4096, 132)
     pointers = {"x": dtype, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
-    pointers |= {"b": dtype, "shrunk": "fp32"} if rank else {}
+    pointers |= {"b": dtype, "shrunk": dtype} if rank else {}
     integers = "offset_stride rows row_stride N K"
-    integers += " shrunk_rows shrink_splits slices first_end second_end" if rank else ""
+    integers += " slices first_end second_end" if rank else ""
     choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
     choices |= {"GATED": gated} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
     if rank:  # and the weight that follows is known
@@ -133,22 +136,21 @@ few = {compile_few_rows(8, 1024, True, "bf16", 16, False), compile_few_rows(8, 2
 few |= {compile_few_rows(16, 1024, False, "bf16", 64, True), compile_few_rows(16, 2**17, True, "fp16", 8, False)}
 assert len(few) == 4
 
-adapters = ((None, None), (12, 16), (16, 32), (64, 16))
-for made, gated, (rank, height) in itertools.product(("bf16", "fp16", None), (False, True), adapters):
+adapters = ((None, None, False), (12, 16, True), (16, 32, True), (32, 32, True), (64, 16, False))
+for made, gated, (rank, height, shared) in itertools.product(("bf16", "fp16", None), (False, True), adapters):
     if made is None and (gated or not rank):
         continue  # nothing to do
     scaled = made == "fp16"
     pointers = {"x": "bf16"} | ({"out": made, "counters": "i32"} if made else {})
     pointers |= {"row_scale": "fp32"} if scaled else {}
-    integers, choices = "row_stride stride rows columns counters", {"WIDTH": 16384 if scaled else 1024}
+    integers, choices = "row_stride rows columns counters", {"stride": 1, "X_ROWS": 4, "WIDTH": 4096}
     integers += " up_offset" * gated
     if rank:
-        pointers |= {"a": "bf16", "shrunk": "fp32"}
-        integers += " shrink_programs shrunk_rows slices share"
+        pointers |= {"a": "bf16", "shrunk": "bf16"} | ({"parts": "fp32", "shrink_counters": "i32"} if shared else {})
+        integers += " shrink_programs shrunk_rows slices share splits"
         choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
     known = types(pointers, integers, "")
-    warps, stages = 16 if scaled else 4, 5 if rank == 12 else 3
-    compiled = compile(nf4_prepare.prepare_kernel, known, warps, stages, PDL=True, **choices)
+    compiled = compile(nf4_prepare.prepare_kernel, known, 4, PDL=True, **choices)
     assert compiled.metadata.shared <= 48 * 1024, rank  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")

@@ -13,7 +13,7 @@ from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
 from grpo_kernels.nf4_few_rows import block_ptx
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
 from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
-from grpo_kernels.nf4_prepare import SHRINK_BLOCK, Lora, _shrink_splits, lora_fits
+from grpo_kernels.nf4_prepare import COUNTERS, SHRINK_BLOCK, Lora, _shrink_splits, lora_fits
 from grpo_kernels.nf4_scaled import scaled_lookup_ptx
 from grpo_kernels.nf4_tiles import Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
@@ -137,7 +137,7 @@ def test_which_products_scale_weights(monkeypatch):
         (x.half(), packed, absmax, False),
         (x, packed, expand_absmax(absmax), False),
         (x, moved, absmax, False),
-        (x[:20], packed, absmax, False),
+        (x[:20], packed, absmax, True),
     ):
         actual = nf4_linear(values, codes, scales, (128, 256), backend="fused")
         assert seen.pop() == scaled
@@ -206,25 +206,31 @@ def test_scaled_weights_with_an_adapter(n, k, rows, rank, ends, splits):
     assert ((actual.double() - exact).norm(dim=-1) < 1e-2 * exact.norm(dim=-1)).all()
 
 
-def test_product_with_a(monkeypatch):
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("multiprocessors", "splits"), [(132, 6), (4, 1)])
+def test_product_with_a(multiprocessors, splits, given, monkeypatch):
     """All that the second kernel may read of x A^T is written: zeros where rows or ranks pad."""
     x, packed, absmax, _ = problem(192, 1536, 21)
     lora = adapter(1536, 24, (64, 128, 192))
+    if given:
+        lora = lora._replace(counters=torch.zeros(COUNTERS, dtype=torch.int32))
     seen = {}
 
     class Second:
         def __getitem__(self, grid):
             return lambda *_, **arguments: seen.update(arguments)
 
-    monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(nf4, "_multiprocessors", lambda _: multiprocessors)
     monkeypatch.setattr(nf4, "_fused_kernel", Second())
+    assert _shrink_splits(6, 1536, multiprocessors) == (12 // splits, splits)
     with poisoned_memory():
-        nf4._fused(x, packed, absmax, (192, 1536), None, Tiles(64, 64, 1, 4, 2), lora)
-    parts = seen["shrunk_ptr"].view(-1, seen["shrunk_rows"], 3, 32)
-    assert len(parts) == seen["shrink_splits"] == 2
+        for _ in range(1 + given):  # the counters are left as they were
+            nf4._fused(x, packed, absmax, (192, 1536), None, Tiles(64, 64, 1, 4, 2), lora)
     expected = torch.zeros(64, 3, 32, dtype=torch.float64)
     expected[:21, :, :24] = (x.double() @ lora.a.double().T).view(21, 3, 24)
-    torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-5, atol=1e-5)
+    assert seen["shrunk_ptr"].dtype == x.dtype
+    torch.testing.assert_close(seen["shrunk_ptr"].view(64, 3, 32).double(), expected, rtol=1e-3, atol=1e-5)
+    assert not given or not lora.counters.any()
 
 
 @pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
@@ -254,7 +260,7 @@ def test_any_adapter(rank, ends, fits, backend):
 def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
     """silu(gate) * up is made in passing, the adapter's product is of it too. x has strides, and is left as it is."""
     dtype = torch.bfloat16 if scaled else torch.float16
-    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: scaled)
+    monkeypatch.setattr(nf4, "_scales_weights", lambda *_: scaled)
     _, packed, absmax, _ = problem(200, 256, 18)
     both = torch.randn(18, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     lora = None if rank is None else adapter(256, rank, (128, 200), dtype)
@@ -348,12 +354,13 @@ def test_adapter_of_zeros_changes_no_bit():
 
 
 def test_parts_of_the_product_with_a():
-    for rows, rank, slices in itertools.product((16, 32, 64, 128, 300), (16, 32, 64), (1, 2, 3)):
-        for k in (256, 1536, 4096, 14336, 28672):
-            share, splits = _shrink_splits(-(-rows // 16) * slices, rows, k, rank, 132)
-            blocks = k // SHRINK_BLOCK
-            assert share * splits >= blocks > share * (splits - 1)  # all columns, and no program without work
-            assert splits <= 16
+    sizes = (256, 1536, 4096, 8960, 14336, 28672)
+    for tiles, k in itertools.product((1, 2, 3, 8, 16, 24, 48, 64, 65), sizes):
+        share, splits = _shrink_splits(tiles, k, 132)
+        blocks = k // SHRINK_BLOCK
+        assert share * splits >= blocks > share * (splits - 1)  # all columns, and no program without work
+        assert splits <= min(32, max(1, 264 // tiles))
+        assert splits == 1 or tiles <= COUNTERS
 
 
 class poisoned_memory:
@@ -608,6 +615,10 @@ def test_tiles_cover_the_sum():
         (lambda a: with_lora(a, a=a["lora"].a[:0], b=a["lora"].b[:, :0]), "lora.a is"),
         (lambda a: with_lora(a, b=a["lora"].b.float()), "lora.b is torch.float32, x torch.float16"),
         (lambda a: with_lora(a, a=a["lora"].a.to("meta")), "lora.a is on meta"),
+        (
+            lambda a: with_lora(a, counters=torch.zeros(9)),
+            r"lora.counters is torch.float32 \[9\].*\[64\] zeros of int32",
+        ),
         (lambda a: a | {"x": a["x"].clone().requires_grad_()}, "no gradient with lora"),
         (lambda a: a | {"bias": torch.ones(40, requires_grad=True)}, "no gradient with lora"),
         (lambda a: with_lora(a, b=a["lora"].b.clone().requires_grad_()), "no gradient with lora"),

@@ -56,7 +56,7 @@ def nf4_few_rows(
     if lora is not None:
         prepare_kernel[(shrink["shrink_programs"],)](
             x, None, None, None, x.stride(0), x.stride(1), None, len(x), k, 0,
-            WIDTH=1024, PDL=tiles.pdl, **shrink, num_warps=4, **tiles.launch,
+            X_ROWS=1, WIDTH=1, PDL=tiles.pdl, **shrink, num_warps=4, **tiles.launch,
         )  # fmt: skip
     _few_rows_kernel[(programs,)](
         x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, lookup_table(x),
@@ -101,7 +101,7 @@ def block_ptx(dtype: torch.dtype, columns: int) -> str:
 
 if triton is not None:
     from grpo_kernels.nf4_lookup import load_constants
-    from grpo_kernels.nf4_prepare import adapter_operands, add_expanded, prefetch_adapter, prepare_kernel
+    from grpo_kernels.nf4_prepare import adapter_operands, add_product, prefetch_adapter, prepare_kernel
     from grpo_kernels.swiglu import gate_times_up
 
     _BLOCK_BF16_1 = tl.constexpr(block_ptx(torch.bfloat16, 1))
@@ -237,8 +237,7 @@ if triton is not None:
 
     @triton.jit(
         do_not_specialize=[
-            "rows", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end", "following_bytes",
-            "first_asking",
+            "rows", "slices", "first_end", "second_end", "following_bytes", "first_asking",
         ]
     )  # fmt: skip
     def _few_rows_kernel(
@@ -246,7 +245,7 @@ if triton is not None:
         rows, row_stride, N, K, factor,
         NESTED: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
         EMULATED: tl.constexpr,
-        b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
+        b_ptr=None, shrunk_ptr=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
         following_ptr=None, following_bytes=None, first_asking=None,
     ):  # fmt: skip
@@ -342,17 +341,16 @@ if triton is not None:
             y = y.to(DTYPE).to(tl.float32)  # as where base and adapter are products apart
             for low in tl.static_range(0, RANK_TILE, 16):
                 b, s = adapter_operands(
-                    b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, start, n, row, low,
-                    DTYPE, RANK, RANK_TILE, 16,
+                    b_ptr, shrunk_ptr, slices, first_end, second_end, start, n, row, low, RANK, RANK_TILE, 16
                 )  # fmt: skip
                 if GATED:  # the halves may be slices of their own
-                    y = add_expanded(y, tl.where((local < 8)[:, None], b, 0.0), s, EMULATED)
+                    y = add_product(y, tl.where((local < 8)[:, None], b, 0.0), s, EMULATED)
                     b, s = adapter_operands(
-                        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, start + apart, n,
-                        row, low, DTYPE, RANK, RANK_TILE, 16,
+                        b_ptr, shrunk_ptr, slices, first_end, second_end, start + apart, n, row, low, RANK, RANK_TILE,
+                        16,
                     )  # fmt: skip
                     b = tl.where((local < 8)[:, None], 0.0, b)
-                y = add_expanded(y, b, s, EMULATED)
+                y = add_product(y, b, s, EMULATED)
         y = y.to(DTYPE)
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, (2, 8, 8 * COLUMNS)), (1, 2, 0)))

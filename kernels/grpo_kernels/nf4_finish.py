@@ -7,12 +7,12 @@ except ImportError:  # no Triton on macOS
     triton = None
 
 if triton is not None:
-    from grpo_kernels.nf4_prepare import adapter_operands, add_expanded, power_of_two
+    from grpo_kernels.nf4_prepare import adapter_operands, add_product, power_of_two
 
     @triton.jit
     def finish_tile(
         accumulator, tile, n_start, n, row, rows, N, factor, exponent, row_scale_ptr, bias_ptr, y_ptr, partial_ptr,
-        counters_ptr, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end,
+        counters_ptr, b_ptr, shrunk_ptr, slices, first_end, second_end,
         SPLIT: tl.constexpr, EMULATED: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
     ):  # fmt: skip
         """Sums of all programs that share a tile, by the last of them; times factor (and, where there is a
@@ -32,8 +32,7 @@ if triton is not None:
             # More ranks at a time would spill registers.
             PART: tl.constexpr = min(RANK_TILE, max(16, 2**18 // (N_TILE * ROW_TILE)))
             b, s = adapter_operands(
-                b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, 0,
-                y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
+                b_ptr, shrunk_ptr, slices, first_end, second_end, n_start, n, row, 0, RANK, RANK_TILE, PART
             )  # fmt: skip
         if SPLIT:
             tl.debug_barrier()  # the whole tile is written before the counter says so
@@ -53,13 +52,12 @@ if triton is not None:
                 y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
             if b_ptr is not None:
                 y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as where base and adapter are products apart
-                y = add_expanded(y, b, s, EMULATED)
+                y = add_product(y, b, s, EMULATED)
                 for low in tl.static_range(PART, RANK_TILE, PART):
                     b, s = adapter_operands(
-                        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row,
-                        low, y_ptr.dtype.element_ty, RANK, RANK_TILE, PART,
+                        b_ptr, shrunk_ptr, slices, first_end, second_end, n_start, n, row, low, RANK, RANK_TILE, PART
                     )  # fmt: skip
-                    y = add_expanded(y, b, s, EMULATED)
+                    y = add_product(y, b, s, EMULATED)
             column = n_start + tl.arange(0, N_TILE)
             inside = (row < rows)[None, :] & (column < N)[:, None]
             tl.store(y_ptr + row.to(tl.int64)[None, :] * N + column[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)

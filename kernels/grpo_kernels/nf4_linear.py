@@ -41,7 +41,7 @@ from grpo_kernels.nf4_dequantise import (
 )
 from grpo_kernels.nf4_few_rows import nf4_few_rows
 from grpo_kernels.nf4_lookup import TABLE_SCALE, lookup_ptx, lookup_table
-from grpo_kernels.nf4_prepare import Lora, lora_fits, prepare
+from grpo_kernels.nf4_prepare import COUNTERS, Lora, lora_fits, prepare
 from grpo_kernels.nf4_scaled import nf4_scaled
 from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
@@ -227,6 +227,10 @@ def _check_lora(x: Tensor, shape: tuple[int, int], bias: Tensor | None, lora: Lo
             raise ValueError(f"lora.{name} is {tensor.dtype}, x {x.dtype}: cast one")
         if tensor.device != x.device:
             raise ValueError(f"lora.{name} is on {tensor.device}, x on {x.device}: move one")
+    zeros = lora.counters
+    if zeros is not None and (zeros.shape, zeros.dtype, zeros.device) != ((COUNTERS,), torch.int32, x.device):
+        found = f"{zeros.dtype} {list(zeros.shape)} on {zeros.device}"
+        raise ValueError(f"lora.counters is {found}, must be [{COUNTERS}] zeros of int32 on {x.device}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora.a, lora.b)):
         raise ValueError(
             "nf4_linear has no gradient with lora: call it under torch.no_grad(), or add the adapter after it"
@@ -293,9 +297,10 @@ def _gradient_by_chunks(grad: Tensor, packed: Tensor, absmax: Tensor | NestedAbs
     return grad_x
 
 
-def _scaling_pays(rows: int, n: int, k: int) -> bool:
-    """Where `Tiles.scaled` was the faster on an H100."""
-    return rows > 64 or (rows > 32 and n > k)
+def _scales_weights(x: Tensor, packed: Tensor, absmax: Tensor | NestedAbsmax) -> bool:
+    """Whether `nf4_scaled` takes it; above 16 rows it is the faster one on an H100."""
+    # A thread loads 16 bytes of codes at once.
+    return x.dtype == torch.bfloat16 and isinstance(absmax, NestedAbsmax) and packed.data_ptr() % 16 == 0
 
 
 @functools.cache
@@ -320,11 +325,8 @@ def _fused(
         return x.new_empty(0, n // 2 if gated == "y" else n)
     multiprocessors = _multiprocessors(x.device)
     if tiles is None:
-        scaled = _scaling_pays(len(x), n, k) and x.dtype == torch.bfloat16
-        # A thread loads 16 bytes of codes at once.
-        scaled = scaled and isinstance(absmax, NestedAbsmax) and packed.data_ptr() % 16 == 0
         hopper = not x.is_cuda or is_hopper(x.device)
-        tiles = choose_tiles(len(x), n, k, multiprocessors, scaled and hopper)
+        tiles = choose_tiles(len(x), n, k, multiprocessors, hopper and _scales_weights(x, packed, absmax))
         tiles = tiles._replace(pdl=x.is_cuda and hopper)
     few = tiles.n == FEW_ROWS_TILE
     fits = lora is None or lora_fits(lora, tiles.n)
@@ -411,7 +413,7 @@ if triton is not None:
             return accumulator + tl.dot(weights, x) * scale
 
     @triton.jit(  # one program for every batch size, and for every product of a model
-        do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
+        do_not_specialize=["rows", "row_tiles", "slices", "first_end", "second_end"]
     )
     def _fused_kernel(
         x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
@@ -419,7 +421,7 @@ if triton is not None:
         rows, N, K, row_tiles, factor,
         NESTED: tl.constexpr, SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, GROUP: tl.constexpr,
         WIDE: tl.constexpr, PDL: tl.constexpr, EMULATED: tl.constexpr,
-        b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
+        b_ptr=None, shrunk_ptr=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: GROUP blocks of 64 along k an iteration. x is permuted and padded."""
@@ -486,6 +488,6 @@ if triton is not None:
 
         finish_tile(
             accumulator, tile, n_start, n, row, rows, N, factor, None, None, bias_ptr, y_ptr, partial_ptr,
-            counters_ptr, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end,
+            counters_ptr, b_ptr, shrunk_ptr, slices, first_end, second_end,
             SPLIT, EMULATED, RANK, RANK_TILE,
         )  # fmt: skip

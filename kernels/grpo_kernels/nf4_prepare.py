@@ -1,8 +1,8 @@
 """What a product on 4-bit weights needs made from x, by one kernel ahead of it, and an adapter's part in both.
 
 x is permuted along k as the tiles of codes are, padded, scaled if asked. A LoRA adapter costs no launch: x A^T is made
-beside the permuted x, in fp32 parts over k without atomics. The program that writes a tile of y adds the parts, rounds
-them to x's dtype, and adds their product with its rows of B to the tile."""
+beside the permuted x, in fp32 parts over k that the last program to come adds in order and rounds to x's dtype. The
+program that writes a tile of y adds the product of that with its rows of B."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ class Lora(NamedTuple):
     a: Tensor  # [slices * rank, K] contiguous, x's dtype: the slices' A one below the other
     b: Tensor  # [N, rank] contiguous, x's dtype, the scaling (alpha / rank) multiplied in
     ends: tuple[int, ...]  # the row of W at which each slice ends, the last N: (N,), or (4096, 5120, 6144) for q, k, v
+    counters: Tensor | None = None  # [COUNTERS] int32, zero, as it is left; of one stream. None: zeroed at each call
 
     def slices(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows of W, A [rank, K] and B [rows, rank] of each slice."""
@@ -38,6 +39,10 @@ FUSED_RANK = 64
 """the largest adapter that the fused kernel adds"""
 SHRINK_BLOCK = 128
 """columns of x that a step of the product with A takes"""
+X_VALUES = 8192
+"""that a program permutes, in whole rows"""
+COUNTERS = 64
+"""an adapter's counters: more than the tiles of x A^T that programs share the sums of"""
 
 
 def lora_fits(lora: Lora, n_tile: int) -> bool:
@@ -45,21 +50,24 @@ def lora_fits(lora: Lora, n_tile: int) -> bool:
     return lora.b.shape[1] <= FUSED_RANK and len(lora.ends) <= 3 and not any(end % n_tile for end in lora.ends[:-1])
 
 
-def _shrink_splits(tiles: int, rows: int, k: int, rank: int, multiprocessors: int) -> tuple[int, int]:
+def _shrink_splits(tiles: int, k: int, multiprocessors: int) -> tuple[int, int]:
     """(blocks of columns a program, programs that share the sum over k) for x A^T. tiles: row blocks times slices.
 
-    512 columns a program, so that it is about as short as the permutation beside it, but no more parts than the
-    programs of the product, which each read all parts of their rows (a tile of so many), can spare: few percent of
-    what they read of x."""
+    Two blocks a program, so that it is about as short as the permutation beside it, unless that is more programs than
+    run at a time."""
     blocks = k // SHRINK_BLOCK
-    most = max(2, k // (max(32, rows // 4) * rank))
-    splits = max(1, min(-(-blocks // 4), 16, most, 2 * multiprocessors // tiles))
+    splits = max(1, min(blocks // 2, 32, 2 * multiprocessors // tiles)) if tiles <= COUNTERS else 1
     share = -(-blocks // splits)
     return share, -(-blocks // share)
 
 
 def lora_arguments(
-    x: Tensor, lora: Lora | None, rows: int, row_tile: int, shape: tuple[int, int], multiprocessors: int
+    x: Tensor,
+    lora: Lora | None,
+    rows: int,
+    row_tile: int,
+    shape: tuple[int, int],
+    multiprocessors: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What x A^T takes of a kernel's arguments, and what adding its product with B takes; x is padded to rows."""
     if lora is None:
@@ -69,17 +77,22 @@ def lora_arguments(
     rank_tile = max(16, triton.next_power_of_2(rank))
     height = 32 if row_tile > 16 and rank_tile <= 32 else 16
     row_blocks = triton.cdiv(rows, height)
-    share, splits = _shrink_splits(row_blocks * slices, row_tile, k, rank_tile, multiprocessors)
-    shrunk = torch.empty(splits, row_blocks * height, slices * rank_tile, dtype=torch.float32, device=x.device)
-    common = {
-        "shrunk_ptr": shrunk, "shrunk_rows": shrunk.shape[1], "slices": slices, "RANK": rank, "RANK_TILE": rank_tile
-    }  # fmt: skip
+    share, splits = _shrink_splits(row_blocks * slices, k, multiprocessors)
+    shrunk = torch.empty(row_blocks * height, slices * rank_tile, dtype=x.dtype, device=x.device)
+    parts = counters = None
+    if splits > 1:
+        parts = torch.empty(splits, *shrunk.shape, dtype=torch.float32, device=x.device)
+        counters = lora.counters
+        if counters is None:
+            counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+    common = {"shrunk_ptr": shrunk, "slices": slices, "RANK": rank, "RANK_TILE": rank_tile}
     shrink = common | {
-        "a_ptr": lora.a, "shrink_programs": splits * row_blocks * slices, "share": share, "SHRINK_ROWS": height,
-        "EMULATED": not x.is_cuda, "num_stages": 5 if height == rank_tile == 16 else 3,
+        "a_ptr": lora.a, "parts_ptr": parts, "shrink_counters_ptr": counters, "shrunk_rows": len(shrunk),
+        "shrink_programs": splits * row_blocks * slices, "share": share, "splits": splits, "SHRINK_ROWS": height,
+        "EMULATED": not x.is_cuda,
     }  # fmt: skip
     first, second = (*lora.ends, n, n)[:2]
-    return shrink, common | {"b_ptr": lora.b, "shrink_splits": splits, "first_end": first, "second_end": second}
+    return shrink, common | {"b_ptr": lora.b, "first_end": first, "second_end": second}
 
 
 class Prepared(NamedTuple):
@@ -107,14 +120,12 @@ def prepare(
     if tiles.splits > 1:
         counters = torch.empty(count, dtype=torch.int32, device=x.device)
         partial = torch.empty(tiles.splits, count, tiles.n * tiles.rows, dtype=torch.float32, device=x.device)
-    width = triton.next_power_of_2(k) if tiles.scaled else 1024
-    grid: tuple[int, ...] = (len(permuted), triton.cdiv(k, width))
+    width = triton.next_power_of_2(k)
+    height = min(max(1, X_VALUES // width), tiles.rows)
     shrink, expand = lora_arguments(x, lora, len(permuted), tiles.rows, shape, multiprocessors)
-    if lora is not None:
-        grid = (shrink["shrink_programs"] + grid[0] * grid[1],)
-    prepare_kernel[grid](
+    prepare_kernel[(shrink.get("shrink_programs", 0) + len(permuted) // height,)](
         x, permuted, row_scale, counters, x.stride(0), x.stride(1), k * x.stride(1) if gated else None, len(x), k,
-        0 if counters is None else len(counters), WIDTH=width, PDL=tiles.pdl, **shrink,
+        0 if counters is None else len(counters), X_ROWS=height, WIDTH=width, PDL=tiles.pdl, **shrink,
         num_warps=max(4, min(width // 1024, 16)), **tiles.launch,
     )  # fmt: skip
     return Prepared(permuted, row_scale, partial, counters, expand, row_tiles, (count, tiles.splits))
@@ -136,6 +147,13 @@ if triton is not None:
         return tl.minimum(tl.maximum(value.to(tl.int32, bitcast=True) >> 23, 15), 254)
 
     @triton.jit
+    def add_product(accumulator, left, right, EMULATED: tl.constexpr):
+        if EMULATED:  # the interpreter's products of bfloat16 are wrong
+            return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator, input_precision="ieee")
+        else:
+            return tl.dot(left, right, accumulator)
+
+    @triton.jit
     def _load_x(pointers, up_offset, mask):
         """x, zero outside mask; where there is an up_offset, silu(gate) * up as `swiglu` makes it."""
         x = tl.load(pointers, mask=mask, other=0.0)
@@ -146,66 +164,78 @@ if triton is not None:
     @triton.jit
     def _make_x(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-        row, block, column_blocks, programs, WIDTH: tl.constexpr,
+        program, programs, X_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad; counters to zero.
+        """out[row, 64 b + 16 i + 2 p + e] = x[row, 64 b + 8 p + 2 i + e], zero in rows that pad, for X_ROWS rows;
+        counters to zero.
 
-        A program takes WIDTH columns of a row, one of column_blocks such blocks. With row_scale_ptr, for `nf4_scaled`:
-        out[row, 128 b + 64 j + 16 i + 8 h + 2 t + e] = x[row, 128 b + 32 t + 16 j + 8 h + 2 i + e]; out is float16, and
-        a row is divided by a power of two, kept there, that brings its largest |x| into [2^14, 2^15): exact for
-        bfloat16 |x| above 2^-31 of it. A program then takes a whole row."""
-        column = block * WIDTH + tl.arange(0, WIDTH)
-        inside = column < columns
-        x = _load_x(x_ptr + row.to(tl.int64) * row_stride + column * stride, up_offset, inside & (row < rows))
+        With row_scale_ptr, for `nf4_scaled`: out[row, 128 b + 64 j + 16 i + 8 h + 2 t + e] = x[row, 128 b + 32 t + 16 j
+        + 8 h + 2 i + e]; out is float16, and a row is divided by a power of two, kept there, that brings its largest
+        |x| into [2^14, 2^15): exact for bfloat16 |x| above 2^-31 of it."""
+        row = program * X_ROWS + tl.arange(0, X_ROWS)
+        column = tl.arange(0, WIDTH)[None, :]
+        pointers = x_ptr + row.to(tl.int64)[:, None] * row_stride + column * stride
+        x = _load_x(pointers, up_offset, (column < columns) & (row < rows)[:, None])
         if row_scale_ptr is not None:
-            exponent = exponent_of(tl.max(tl.abs(x.to(tl.float32)), 0))
+            exponent = exponent_of(tl.max(tl.abs(x.to(tl.float32)), 1))
             tl.store(row_scale_ptr + row, power_of_two(exponent - 14))
-            x = (x.to(tl.float32) * power_of_two(268 - exponent)).to(tl.float16)
-        if row_scale_ptr is None:
-            x = tl.permute(tl.reshape(x, (WIDTH // 64, 8, 4, 2)), (0, 2, 1, 3))
+            x = (x.to(tl.float32) * power_of_two(268 - exponent)[:, None]).to(tl.float16)
+            x = tl.permute(tl.reshape(x, (X_ROWS, WIDTH // 128, 4, 2, 2, 4, 2)), (0, 1, 3, 5, 4, 2, 6))
         else:
-            x = tl.permute(tl.reshape(x, (WIDTH // 128, 4, 2, 2, 4, 2)), (0, 2, 4, 3, 1, 5))
-        x = tl.reshape(x, (WIDTH,))
-        tl.store(out_ptr + row.to(tl.int64) * columns + column, x, mask=inside)
+            x = tl.permute(tl.reshape(x, (X_ROWS, WIDTH // 64, 8, 4, 2)), (0, 1, 3, 2, 4))
+        x = tl.reshape(x, (X_ROWS, WIDTH))
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * columns + column, x, mask=column < columns)
         if counters_ptr is not None:
-            first = (row * column_blocks + block) * WIDTH
-            for start in range(first, counters, programs * WIDTH):
-                index = start + tl.arange(0, WIDTH)
-                tl.store(counters_ptr + index, tl.zeros((WIDTH,), tl.int32), mask=index < counters)
+            for start in range(program * 1024, counters, programs * 1024):
+                index = start + tl.arange(0, 1024)
+                tl.store(counters_ptr + index, tl.zeros((1024,), tl.int32), mask=index < counters)
 
     @triton.jit
     def _shrink(
-        x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share, program,
+        x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, parts_ptr, counters_ptr, shrunk_ptr, shrunk_rows,
+        slices, share, splits, program,
         RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EMULATED: tl.constexpr,
     ):  # fmt: skip
-        """shrunk[split, row, slice * RANK_TILE + r] = x[row] A_slice[r]^T over share blocks of columns, float32; zero
-        where row or r pads. One [ROWS, RANK_TILE] tile of it a program."""
+        """shrunk[row, slice * RANK_TILE + r] = x[row] A_slice[r]^T; zero where row or r pads. The programs that share a
+        [ROWS, RANK_TILE] tile of it take share blocks of columns each; the last to come adds what they left."""
         slice_index = program % slices
         program = program // slices
         row_blocks = shrunk_rows // ROWS
         split = program // row_blocks
         row = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
         rank = tl.arange(0, RANK_TILE)
-        # A warp would go through all columns, one product waiting for the other: so each has a quarter of a block.
-        column = tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-        x_pointers = x_ptr + row.to(tl.int64)[None, :, None] * row_stride + column[:, None, :] * stride
-        a_pointers = a_ptr + (slice_index * RANK + rank)[None, None, :] * columns + column[:, :, None]
-        accumulator = tl.zeros((4, ROWS, RANK_TILE), tl.float32)
+        column = tl.arange(0, BLOCK)
+        x_pointers = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :] * stride
+        a_pointers = a_ptr + (slice_index * RANK + rank)[None, :] * columns + column[:, None]
+        s = tl.zeros((ROWS, RANK_TILE), tl.float32)
         for block in range(split * share, tl.minimum((split + 1) * share, columns // BLOCK)):
-            x = _load_x(x_pointers + block * BLOCK * stride, up_offset, (row < rows)[None, :, None])
-            a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, None, :], other=0.0)
-            if EMULATED:  # the interpreter's products of bfloat16 are wrong
-                accumulator = tl.dot(x.to(tl.float32), a.to(tl.float32), accumulator, input_precision="ieee")
-            else:
-                accumulator = tl.dot(x, a, accumulator)
-        pointers = shrunk_ptr + (split * shrunk_rows + row).to(tl.int64)[:, None] * slices * RANK_TILE
-        tl.store(pointers + (slice_index * RANK_TILE + rank)[None, :], tl.sum(accumulator, 0))
+            x = _load_x(x_pointers + block * BLOCK * stride, up_offset, (row < rows)[:, None])
+            a = tl.load(a_pointers + block * BLOCK, mask=(rank < RANK)[None, :], other=0.0)
+            s = add_product(s, x, a, EMULATED)
+        inner = row[:, None] * (slices * RANK_TILE) + (slice_index * RANK_TILE + rank)[None, :]
+        last_one = True
+        if parts_ptr is not None:
+            step = shrunk_rows * slices * RANK_TILE
+            tl.store(parts_ptr + split * step + inner, s)
+            tl.debug_barrier()  # the whole part is written before the counter says so
+            counter = counters_ptr + program % row_blocks * slices + slice_index
+            last_one = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+            if last_one:
+                tl.store(counter, 0)
+                s = tl.zeros((ROWS, RANK_TILE), tl.float32)
+                for first in range(0, splits, 8):
+                    for i in tl.static_range(8):
+                        parts = parts_ptr + (first + i) * step + inner
+                        s += tl.load(parts, mask=first + i < splits, other=0.0, cache_modifier=".cg")
+        if last_one:
+            tl.store(shrunk_ptr + inner, s.to(shrunk_ptr.dtype.element_ty))
 
-    @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share"])
+    @triton.jit(do_not_specialize=["rows", "counters", "shrink_programs", "shrunk_rows", "slices", "share", "splits"])
     def prepare_kernel(
         x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-        WIDTH: tl.constexpr, PDL: tl.constexpr,
-        a_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None, slices=None, share=None,
+        X_ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+        a_ptr=None, parts_ptr=None, shrink_counters_ptr=None, shrunk_ptr=None, shrink_programs=None, shrunk_rows=None,
+        slices=None, share=None, splits=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
         EMULATED: tl.constexpr = False,
     ):  # fmt: skip
@@ -217,25 +247,22 @@ if triton is not None:
             gdc_wait()
             if out_ptr is None:
                 gdc_launch_dependents()  # only now, that x is there
-        if a_ptr is None:
-            _make_x(
-                x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-                tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * tl.num_programs(1), WIDTH,
-            )  # fmt: skip
-        else:
-            program = tl.program_id(0)
+        program = tl.program_id(0)
+        programs = tl.num_programs(0)
+        if a_ptr is not None:
             if program < shrink_programs:
                 _shrink(
-                    x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, shrunk_ptr, shrunk_rows, slices, share,
-                    program, RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
+                    x_ptr, row_stride, stride, up_offset, rows, columns, a_ptr, parts_ptr, shrink_counters_ptr,
+                    shrunk_ptr, shrunk_rows, slices, share, splits, program,
+                    RANK, RANK_TILE, SHRINK_ROWS, _SHRINK_BLOCK, EMULATED,
                 )  # fmt: skip
-            elif out_ptr is not None:
-                program -= shrink_programs
-                column_blocks = tl.cdiv(columns, WIDTH)
+            program -= shrink_programs
+            programs -= shrink_programs
+        if out_ptr is not None:  # noqa: SIM102, known when compiled
+            if program >= 0:
                 _make_x(
                     x_ptr, out_ptr, row_scale_ptr, counters_ptr, row_stride, stride, up_offset, rows, columns, counters,
-                    program // column_blocks, program % column_blocks, column_blocks,
-                    tl.num_programs(0) - shrink_programs, WIDTH,
+                    program, programs, X_ROWS, WIDTH,
                 )  # fmt: skip
 
     @triton.jit
@@ -254,32 +281,13 @@ if triton is not None:
 
     @triton.jit
     def adapter_operands(
-        b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end, n_start, n, row, low,
-        DTYPE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr, PART: tl.constexpr,
+        b_ptr, shrunk_ptr, slices, first_end, second_end, n_start, n, row, low,
+        RANK: tl.constexpr, RANK_TILE: tl.constexpr, PART: tl.constexpr,
     ):  # fmt: skip
-        """Columns low to low + PART of B, [N_TILE, PART], and of the sum s of the parts of x A^T, rounded to DTYPE:
-        [PART, ROW_TILE]."""
+        """Columns low to low + PART of B's rows n, [N_TILE, PART], and of x A^T: [PART, ROW_TILE]."""
         slice_index = (n_start >= first_end).to(tl.int32) + (n_start >= second_end).to(tl.int32)
-        step = shrunk_rows.to(tl.int64) * slices * RANK_TILE
-        MANY: tl.constexpr = 4 if PART == RANK_TILE else 2
-        AT_ONCE: tl.constexpr = min(8, 256 // row.shape[0]) if row.shape[0] <= 64 else MANY  # more loads would spill
         rank = low + tl.arange(0, PART)
-        pointers = shrunk_ptr + row.to(tl.int64)[None, :] * slices * RANK_TILE
-        pointers += (slice_index * RANK_TILE + rank)[:, None]
+        pointers = shrunk_ptr + row[None, :] * (slices * RANK_TILE) + (slice_index * RANK_TILE + rank)[:, None]
         s = tl.load(pointers, cache_modifier=".cg")
-        for i in tl.static_range(1, AT_ONCE):  # apart from the loop, so that B's load waits for none of them
-            s += tl.load(pointers + i * step, mask=i < shrink_splits, other=0.0, cache_modifier=".cg")
         b = tl.load(b_ptr + n.to(tl.int64)[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0)
-        for part in range(AT_ONCE, shrink_splits, AT_ONCE):
-            for i in tl.static_range(AT_ONCE):
-                inside = part + i < shrink_splits
-                s += tl.load(pointers + (part + i) * step, mask=inside, other=0.0, cache_modifier=".cg")
-        return b, s.to(DTYPE)
-
-    @triton.jit
-    def add_expanded(y, b, s, EMULATED: tl.constexpr):
-        """y + B s^T, [N_TILE, ROW_TILE] float32."""
-        if EMULATED:
-            return tl.dot(b.to(tl.float32), s.to(tl.float32), y, input_precision="ieee")
-        else:
-            return tl.dot(b, s, y)
+        return b, s

@@ -70,7 +70,7 @@ def scaled_lookup_ptx() -> str:
 if triton is not None:
     from grpo_kernels.nf4_finish import finish_tile
     from grpo_kernels.nf4_lookup import load_constants
-    from grpo_kernels.nf4_prepare import exponent_of, power_of_two, prefetch_adapter
+    from grpo_kernels.nf4_prepare import add_product, exponent_of, power_of_two, prefetch_adapter
 
     _LOOKUP = tl.constexpr(scaled_lookup_ptx())
     _LOOKUP_OPERANDS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 7))
@@ -178,13 +178,6 @@ if triton is not None:
         return tl.reshape(tl.permute(pairs, (0, 4, 5, 3, 1, 2)), (a0.shape[0], 64))
 
     @triton.jit
-    def _add_product(weights, x, accumulator, EMULATED: tl.constexpr):
-        if EMULATED:
-            return tl.dot(weights.to(tl.float32), x.T.to(tl.float32), accumulator, input_precision="ieee")
-        else:
-            return tl.dot(weights, x.T, accumulator)
-
-    @triton.jit
     def _anew(value, EMULATED: tl.constexpr):
         """value, by no instruction, but for the compiler another one."""
         if EMULATED:
@@ -206,14 +199,14 @@ if triton is not None:
         return bound
 
     @triton.jit(  # one program for every batch size, and for every product of a model
-        do_not_specialize=["rows", "row_tiles", "shrunk_rows", "shrink_splits", "slices", "first_end", "second_end"]
+        do_not_specialize=["rows", "row_tiles", "slices", "first_end", "second_end"]
     )
     def _scaled_kernel(
         x_desc, codes_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, partial_ptr,
         counters_ptr, row_scale_ptr, table_ptr,
         rows, N, K, row_tiles, factor,
         SPLIT: tl.constexpr, N_TILE: tl.constexpr, ROW_TILE: tl.constexpr, PDL: tl.constexpr, EMULATED: tl.constexpr,
-        b_ptr=None, shrunk_ptr=None, shrunk_rows=None, shrink_splits=None, slices=None, first_end=None, second_end=None,
+        b_ptr=None, shrunk_ptr=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
     ):  # fmt: skip
         """One tile of y^T, [N_TILE, ROW_TILE]: 128 along k an iteration, two products of 64."""
@@ -255,10 +248,10 @@ if triton is not None:
         for step in range(first, last + 1):
             x0 = x_desc.load([row_start, step * 128])  # side by side: one wait for both
             x1 = x_desc.load([row_start, step * 128 + 64])
-            accumulator = _add_product(_operand(pairs0, pairs1, EMULATED), x0, accumulator, EMULATED)
+            accumulator = add_product(accumulator, _operand(pairs0, pairs1, EMULATED), x0.T, EMULATED)
             pairs2 = _decode(word2, scale, table_ptr, constants, EMULATED)
             pairs3 = _decode(word3, scale, table_ptr, constants, EMULATED)
-            accumulator = _add_product(_operand(pairs2, pairs3, EMULATED), x1, accumulator, EMULATED)
+            accumulator = add_product(accumulator, _operand(pairs2, pairs3, EMULATED), x1.T, EMULATED)
             word0, word1, word2, word3 = words
             # What passes from one iteration to the next and on unchanged keeps Triton from pipelining a loop.
             word2 = _anew(word2, EMULATED)
@@ -274,6 +267,6 @@ if triton is not None:
 
         finish_tile(
             accumulator, tile, n_start, n, row, rows, N, factor, exponent, row_scale_ptr, bias_ptr, y_ptr, partial_ptr,
-            counters_ptr, b_ptr, shrunk_ptr, shrunk_rows, shrink_splits, slices, first_end, second_end,
+            counters_ptr, b_ptr, shrunk_ptr, slices, first_end, second_end,
             SPLIT, EMULATED, RANK, RANK_TILE,
         )  # fmt: skip

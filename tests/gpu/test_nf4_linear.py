@@ -7,6 +7,7 @@ from test_nf4_linear import adapter, bitsandbytes_weight, exact_product, poisone
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4_prepare import COUNTERS
 from grpo_kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -43,7 +44,7 @@ def test_no_worse_than_bitsandbytes(n, k, backend, rows, nested, dtype):
 @pytest.mark.parametrize(("n", "k"), [(200, 512), (1024, 4096), (96, 8960)])
 def test_scaled_weights_are_no_worse_than_bitsandbytes(n, k, rows, monkeypatch):
     """The tiles that scale weights before the product, whether or not they are the default; large and small rows."""
-    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: True)
+    monkeypatch.setattr(nf4, "_scales_weights", lambda *_: True)
     x, packed, absmax, state = problem(n, k, rows, torch.bfloat16, device="cuda", seed=rows)
     x[0] *= 2.0**40
     x[rows // 2] *= 2.0**-40
@@ -131,7 +132,7 @@ def test_adapter(rows, rank, dtype, n, k, ends):
 @pytest.mark.parametrize("rows", [17, 64, 100, 250])
 @pytest.mark.parametrize(("rank", "ends"), [(16, (128, 256, 600)), (48, (600,)), (64, (256, 600)), (80, (600,))])
 def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch):
-    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: True)
+    monkeypatch.setattr(nf4, "_scales_weights", lambda *_: True)
     x, packed, absmax, _ = problem(600, 1792, rows, torch.bfloat16, device="cuda", seed=rows)
     x *= torch.tensor([2.0**30, 1.0, 2.0**-30], device="cuda").repeat(rows)[:rows, None]
     lora = adapter(1792, rank, ends, torch.bfloat16, device="cuda")
@@ -149,7 +150,7 @@ def test_adapter_with_scaled_weights_and_odd_sizes(rows, rank, ends, monkeypatch
 @pytest.mark.parametrize("scaled", [False, True])
 def test_adapter_of_gate_and_up(rows, rank, scaled, monkeypatch):
     """silu(gate) * up in passing: what the product of `swiglu`'s result is, but for its sigmoid's last bit."""
-    monkeypatch.setattr(nf4, "_scaling_pays", lambda *_: scaled)
+    monkeypatch.setattr(nf4, "_scales_weights", lambda *_: scaled)
     both, packed, absmax, _ = problem(4096, 3584, rows, torch.bfloat16, device="cuda")
     both = torch.cat([both, both.flip(-1)], -1)
     lora = None if rank is None else adapter(3584, rank, (4096,), torch.bfloat16, device="cuda")
@@ -180,6 +181,7 @@ def test_adapter_under_a_graph(rows, size):
     x, packed, absmax, _ = problem(1024, 1024, rows, torch.bfloat16, device="cuda")
     weight = nf4.nf4_dequantise_reference(packed, absmax, (1024, 1024), torch.float64)
     lora = adapter(1024, 16, (512, 768, 1024), torch.bfloat16, device="cuda")
+    lora = lora._replace(counters=torch.zeros(COUNTERS, dtype=torch.int32, device="cuda"))
 
     def run():
         inputs = [x * (i + 1) for i in range(6)]
@@ -204,3 +206,4 @@ def test_adapter_under_a_graph(rows, size):
             exact = exact_with_adapter(x * (i + 1), weight, lora)
             assert relative_error(y, exact) < 0.6 * torch.finfo(torch.bfloat16).eps
     assert following is None or not following.any()
+    assert not lora.counters.any()
