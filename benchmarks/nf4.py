@@ -4,6 +4,7 @@
     python benchmarks/nf4.py --check            # errors against float64 for the shapes of 1.5B to 70B models
     python benchmarks/nf4.py --joined           # q, k, v and gate, up joined, as the vLLM engine runs them
     python benchmarks/nf4.py --joined --lora 16 # beside them ours with an adapter, fused and by two products a slice
+    python benchmarks/nf4.py --joined --lora 16 --single # and each shape alone
     python benchmarks/nf4.py --tune --joined --rows 256 128 64   # tile sizes of the fused kernel, each shape alone
     python benchmarks/nf4.py --chunks           # chunk sizes of the path for many rows
 
@@ -68,6 +69,8 @@ class Args:
     """q, k, v as one product and gate, up as one, as the vLLM engine runs them"""
     lora: int | None = None
     """rank of an adapter: two columns more, ours with it in passing and with its products in torch after ours"""
+    single: bool = False
+    """also us of each shape alone, ours without and with the adapter"""
     scaled: bool | None = None
     """whether the fused kernel scales its weights before the product; None: as nf4_linear has it"""
     seconds: float = 140
@@ -238,6 +241,12 @@ def table(args: Args) -> None:
         if loras:
             fused, after = (replay_ms(adapted(weights, x, loras, way), args.replays) for way in (True, False))
             print(f" |{fused:17.2f}{after:10.2f}", flush=True)
+        for shape in dict.fromkeys(shapes) if args.single else ():
+            alone = [i for i, w in enumerate(weights) if w.shape == shape]
+            runs = [products([weights[i] for i in alone], x)]
+            runs += [adapted([weights[i] for i in alone], x, [loras[i] for i in alone], True)] if loras else []
+            us = [1e3 * replay_ms(run, args.replays) / len(alone) for run in runs]
+            print(f"      {shape[0]:6} x {shape[1]:5}:" + "".join(f"{u:7.1f} us" for u in us), flush=True)
 
 
 def check(args: Args) -> bool:

@@ -75,8 +75,8 @@ def nf4_linear(
         shape: (N, K), the weight's. K must be a multiple of 64.
         bias: [N], or None.
         lora: an adapter (https://arxiv.org/abs/2106.09685) whose product is added; forward only. The fused kernel does
-            it in passing up to rank 64, three slices, and slices that end at multiples of its tile of W's rows (64);
-            other adapters, and other paths, take two small products a slice in torch.
+            it in passing up to rank 64, three slices, and slices that end at multiples of its tile of W's rows (64 or
+            128); other adapters, and other paths, take two small products a slice in torch.
         gated: "x": x is [..., 2 K], gate and up side by side, and silu(gate) * up is multiplied (`swiglu`, and rounded
             as there). "y": so are the N columns that come out, and silu(gate) * up of them is returned. Where no
             gradient is asked for, the fused kernel makes it in passing: of x above 16 rows, of y up to 16.

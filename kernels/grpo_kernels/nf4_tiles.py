@@ -49,22 +49,8 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
         warps = 8 if n // FEW_ROWS_TILE <= 2 * multiprocessors else 4
         return Tiles(FEW_ROWS_TILE, 8 if rows <= 8 else 16, 1, min(warps, 2 ** int(math.log2(k // 256))), 1)
     resident: float
-    if scaled and rows > 128 and k <= n <= 32 * multiprocessors:
-        tiles, resident = Tiles(128, 128, 1, 8, 4, scaled=True), 1
-    elif scaled and rows > 128:
-        tiles, resident = Tiles(128, 256, 1, 8, 3, scaled=True), 1
-    elif scaled and rows > 64 and n >= 128 * multiprocessors:
-        tiles, resident = Tiles(128, 128, 1, 8, 3, scaled=True, registers=128), 2
-    elif scaled and rows > 64:
-        tiles, resident = Tiles(64, 128, 1, 4, 3, scaled=True), 2
-    elif scaled and rows > 32 and n > 192 * multiprocessors:
-        tiles, resident = Tiles(64, 64, 1, 4, 3, scaled=True), 4
-    elif scaled and rows > 32:
-        tiles, resident = Tiles(64, 64, 1, 4, 4, scaled=True), 3
-    elif scaled and n > 32 * multiprocessors:
-        tiles, resident = Tiles(128, 32, 1, 8, 3, scaled=True), 2.25
-    elif scaled:
-        tiles, resident = Tiles(64, 32, 1, 4, 3, scaled=True), 4
+    if scaled:
+        tiles, resident = _scaled_tiles(rows, n, k, multiprocessors)
     elif rows <= 32:
         tiles, resident = Tiles(64, 32, 1, 4, 2), 3
     elif rows <= 64:
@@ -76,3 +62,22 @@ def choose_tiles(rows: int, n: int, k: int, multiprocessors: int, scaled: bool =
     splits = max(1, min(math.ceil(splits) if rows <= 32 and not scaled else int(splits), k // 512, 16))
     steps = k // tiles.step
     return tiles._replace(splits=-(-steps // -(-steps // splits)))  # only those that have work
+
+
+def _scaled_tiles(rows: int, n: int, k: int, multiprocessors: int) -> tuple[Tiles, float]:
+    """Tiles of `nf4_scaled`, and how many programs a multiprocessor their splits aim at."""
+    if rows <= 32 and n <= 32 * multiprocessors:
+        return Tiles(64, 32, 1, 4, 3, scaled=True), 4
+    if rows <= 32:
+        return Tiles(128, 32, 1, 8, 3, scaled=True), 2.25
+    if rows <= 64 and n <= 192 * multiprocessors:
+        return Tiles(64, 64, 1, 4, 4, scaled=True), 3
+    if rows <= 64:
+        return Tiles(64, 64, 1, 4, 3, scaled=True), 4
+    if rows <= 128 and n < 128 * multiprocessors:
+        return Tiles(64, 128, 1, 4, 3, scaled=True), 2
+    if rows <= 128:
+        return Tiles(128, 128, 1, 8, 3, scaled=True, registers=128), 2
+    if k <= n <= 32 * multiprocessors:
+        return Tiles(128, 128, 1, 8, 4, scaled=True), 1
+    return Tiles(128, 256, 1, 8, 3, scaled=True), 1
