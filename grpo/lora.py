@@ -1,6 +1,7 @@
 """The trainer's linear layers, NF4 weight and LoRA adapter in one step, in place of PEFT's forward pass."""
 
 import contextlib
+import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from grpo_kernels.nf4_dequantise import BLOCK, absmax_of, nf4_dequantise, triton
 from grpo_kernels.nf4_linear import choose_backend, nf4_linear
-from grpo_kernels.nf4_prepare import Lora
+from grpo_kernels.nf4_prepare import COUNTERS, Lora
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""
@@ -153,12 +154,18 @@ def adapters(layers: Sequence[Adapted]) -> list[Tensor]:
     return [p for layer in layers for p in (layer.a, layer.b)]
 
 
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """`Lora.counters` of all layers, whose products run one after the other: zeroed once, not at each."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
 def _read_once(x: Tensor, layer: Adapted) -> Tensor:
     """For few rows, without gradient: the 4-bit weight is not dequantised to memory first."""
     weight = layer.base.weight
     state = weight.quant_state
     shape = (state.shape[0], state.shape[1])
-    lora = Lora(layer.a.to(x.dtype), _scaled(layer, x.dtype), shape[:1])
+    lora = Lora(layer.a.to(x.dtype), _scaled(layer, x.dtype), shape[:1], _counters(x.device))
     return nf4_linear(x, weight.data, absmax_of(state), shape, _bias(layer, x.dtype), lora=lora)
 
 

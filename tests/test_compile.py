@@ -143,14 +143,15 @@ for made, gated, (rank, height, shared) in itertools.product(("bf16", "fp16", No
     scaled = made == "fp16"
     pointers = {"x": "bf16"} | ({"out": made, "counters": "i32"} if made else {})
     pointers |= {"row_scale": "fp32"} if scaled else {}
-    integers, choices = "row_stride rows columns counters", {"stride": 1, "X_ROWS": 4, "WIDTH": 4096}
+    x_rows, width, warps = (1, 16384, 16) if scaled else (2, 4096, 4)
+    integers, choices = "row_stride rows columns counters", {"stride": 1, "X_ROWS": x_rows, "WIDTH": width}
     integers += " up_offset" * gated
     if rank:
         pointers |= {"a": "bf16", "shrunk": "bf16"} | ({"parts": "fp32", "shrink_counters": "i32"} if shared else {})
         integers += " shrink_programs shrunk_rows slices share splits"
         choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
     known = types(pointers, integers, "")
-    compiled = compile(nf4_prepare.prepare_kernel, known, 4, PDL=True, **choices)
+    compiled = compile(nf4_prepare.prepare_kernel, known, warps, PDL=True, **choices)
     assert compiled.metadata.shared <= 48 * 1024, rank  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")

@@ -361,7 +361,7 @@ if triton is not None:
     from grpo_kernels.nf4_dequantise import absmax_at
     from grpo_kernels.nf4_finish import finish_tile
     from grpo_kernels.nf4_lookup import emulated_lookup, load_constants
-    from grpo_kernels.nf4_prepare import prefetch, prefetch_adapter
+    from grpo_kernels.nf4_prepare import add_product, prefetch, prefetch_adapter
 
     _PTX_BF16 = tl.constexpr(lookup_ptx(torch.bfloat16, TABLE_SCALE[torch.bfloat16], registers=True))
     _PTX_FP16 = tl.constexpr(lookup_ptx(torch.float16, TABLE_SCALE[torch.float16], registers=True))
@@ -407,10 +407,7 @@ if triton is not None:
             q0, q1, q2, q3 = _lookup(words, constants, x.dtype)
         weights = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # [N_TILE, 16, 2, 2], its last axes q mod 2 last
         weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1)), (words.shape[0], 64))
-        if EMULATED:
-            return accumulator + tl.dot(weights, x.to(tl.float32), input_precision="ieee") * scale
-        else:
-            return accumulator + tl.dot(weights, x) * scale
+        return accumulator + add_product(None, weights, x, EMULATED) * scale
 
     @triton.jit(  # one program for every batch size, and for every product of a model
         do_not_specialize=["rows", "row_tiles", "slices", "first_end", "second_end"]

@@ -42,7 +42,7 @@ SHRINK_BLOCK = 128
 X_VALUES = 8192
 """that a program permutes, in whole rows"""
 COUNTERS = 64
-"""an adapter's counters: more than the tiles of x A^T that programs share the sums of"""
+"""an adapter's counters, one for each tile of x A^T whose sum programs share"""
 
 
 def lora_fits(lora: Lora, n_tile: int) -> bool:
@@ -62,12 +62,7 @@ def _shrink_splits(tiles: int, k: int, multiprocessors: int) -> tuple[int, int]:
 
 
 def lora_arguments(
-    x: Tensor,
-    lora: Lora | None,
-    rows: int,
-    row_tile: int,
-    shape: tuple[int, int],
-    multiprocessors: int,
+    x: Tensor, lora: Lora | None, rows: int, row_tile: int, shape: tuple[int, int], multiprocessors: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What x A^T takes of a kernel's arguments, and what adding its product with B takes; x is padded to rows."""
     if lora is None:
@@ -148,6 +143,7 @@ if triton is not None:
 
     @triton.jit
     def add_product(accumulator, left, right, EMULATED: tl.constexpr):
+        """accumulator + left right, float32; None is zero."""
         if EMULATED:  # the interpreter's products of bfloat16 are wrong
             return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator, input_precision="ieee")
         else:
@@ -202,7 +198,8 @@ if triton is not None:
         program = program // slices
         row_blocks = shrunk_rows // ROWS
         split = program // row_blocks
-        row = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
+        row_block = program % row_blocks
+        row = row_block * ROWS + tl.arange(0, ROWS)
         rank = tl.arange(0, RANK_TILE)
         column = tl.arange(0, BLOCK)
         x_pointers = x_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :] * stride
@@ -218,7 +215,7 @@ if triton is not None:
             step = shrunk_rows * slices * RANK_TILE
             tl.store(parts_ptr + split * step + inner, s)
             tl.debug_barrier()  # the whole part is written before the counter says so
-            counter = counters_ptr + program % row_blocks * slices + slice_index
+            counter = counters_ptr + row_block * slices + slice_index
             last_one = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
             if last_one:
                 tl.store(counter, 0)

@@ -666,13 +666,11 @@ def _fuse_adapters(model: Any) -> Any:
     modules = model.lora_manager.modules
     weights = {name: getattr(module.base_layer, "nf4", None) for name, module in modules.items()}
     ours = {name: weight for name, weight in weights.items() if weight is not None}
-    counters = None  # of all products: they run one after the other
     for (name, weight), after in itertools.zip_longest(ours.items(), [*ours.values()][1:]):
         module = modules[name]
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
-        if counters is None:
-            counters = torch.zeros(COUNTERS, dtype=torch.int32, device=a.device)
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=a.device)
         if ends[-1] != weight.rows or module.lora_a_stacked[0].shape[:2] != (1, 1):
             raise ValueError(f"vLLM keeps the adapter of {name} in a layout that is not known here")
         module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
