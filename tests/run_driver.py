@@ -2,6 +2,7 @@
 
 Run as a program, it is killed and resumed by its parent process, see test_resume.py."""
 
+import itertools
 import os
 import random
 import signal
@@ -75,42 +76,48 @@ def killed_often(begin: Callable[[list[str]], None], directory: Path, kills: int
 
     begin: given ["--run-dir", directory] or ["--resume", directory], runs to the end. Children are forked, so that
     each is at work at once; each takes the run's lock, files and generators anew. A moment is a number of lines logged
-    and some milliseconds after it; before the first line, anywhere in the first `start` seconds."""
+    and some milliseconds after it; before the first line, anywhere in the first `start` seconds. A child stops by
+    itself one line later: however fast the machine, none comes to the end of the run before it is killed."""
     moments = random.Random(seed)
     left = []
     for attempt in range(kills + 1):
+        last = attempt == kills
+        count = 0 if last else moments.randint(0, 7)
         lines, logged = os.pipe()
         child = os.fork()
         if child == 0:
-            announce_lines(logged)
+            if not last:
+                announce_lines(logged, stop_after=count + 1)
             begin(["--resume" if directory.exists() else "--run-dir", str(directory)])
             os._exit(0)
         os.close(logged)  # so that a child that fails is not waited for
-        if attempt < kills:
-            count = moments.randint(0, 7)
+        if not last:
             for _ in range(count):
                 os.read(lines, 1)
             time.sleep(moments.uniform(0.0, 0.04 if count else start))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         os.close(lines)
-        if attempt < kills:
-            assert os.WIFSIGNALED(status), "the child ended before it was killed"
+        if last:
+            assert status == 0, status
+        else:
+            assert os.WIFSIGNALED(status), f"the child ended before it was killed: {status}"
             saved = sorted(directory.glob("checkpoints/step-*"))
             left.append(int(saved[-1].name[-6:]) if saved else 0)
-        else:
-            assert status == 0, status
     assert len(set(left)) > kills // 4, f"the run did not get on: checkpoints of steps {left}"
     print(f"killed {kills} times, leaving checkpoints of steps {left}")
 
 
-def announce_lines(pipe: int) -> None:
-    """Have every `Run.log` of this process write a byte to the pipe when it is done."""
+def announce_lines(pipe: int, stop_after: int) -> None:
+    """Have each `Run.log` of this process write a byte to the pipe when it is done, and the last wait for the kill."""
     genuine = Run.log
+    count = itertools.count(1)
 
     def log(run: Run, step: int, metrics: dict) -> None:
         genuine(run, step, metrics)
         os.write(pipe, b".")
+        while next(count) >= stop_after:
+            signal.pause()
 
     Run.log = log  # type: ignore[method-assign]
 
