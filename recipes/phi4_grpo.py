@@ -91,6 +91,8 @@ class Args:
     """padded tokens of one forward and backward pass; by default what fits"""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """of the sampler; fp8 halves its KV cache"""
+    fused_nf4: bool | None = None
+    """the sampler multiplies 4-bit weights by a kernel that reads them once: None where it applies, False never"""
 
     learning_rate: float = 2e-5
     """AdamW's, constant after the warm-up"""
@@ -190,6 +192,7 @@ def main(args: Args) -> None:
         sequences=plan.sequences,
         gpu_memory_gb=plan.engine_gb,
         kv_cache_dtype=args.kv_cache_dtype,
+        fused_nf4=args.fused_nf4,
     )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
     hold_memory(args.gpu_memory_gb, world.device)

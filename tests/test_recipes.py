@@ -98,6 +98,31 @@ def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_samplers_flags_reach_the_engine(name, data, tmp_path):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
+    model = str(write_byte_model(tmp_path / "model", RECIPES[name].architecture, []))
+    handed = {}
+
+    class Seen(Exception):
+        pass
+
+    def make_engine(kind, model, **settings):
+        handed.update(settings, kind=kind)
+        raise Seen
+
+    recipe.make_engine = make_engine
+    flags = {"run_dir": tmp_path / "run", "engine": "torch", "kv_cache_dtype": "fp8", "fused_nf4": False}
+    flags |= {"max_prompt_tokens": 900, "max_completion_tokens": 200, "gpu_memory_gb": 15}
+    flags |= {"data": str(data / RECIPES[name].data)} if RECIPES[name].data else {"train_puzzles": 30}
+    with pytest.raises(Seen):
+        recipe.main(recipe.Args(model=model, **flags))
+    names = ("max_prompt_tokens", "max_completion_tokens", "kv_cache_dtype", "fused_nf4")
+    assert handed["kind"] == "torch"
+    assert {n: handed[n] for n in names} == {n: flags[n] for n in names}
+    assert 0 < handed["gpu_memory_gb"] < 15  # the limit, less what the optimizer will take
+
+
 def test_self_checks_are_looked_for_in_the_reasoning_alone():
     recipe = load_recipe(ROOT / "recipes" / "countdown_zero_grpo.py")
     texts = {

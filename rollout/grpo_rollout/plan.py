@@ -28,10 +28,10 @@ OFFLOAD_COST = 1.05
 """how much longer a micro-batch takes whose layers' inputs travel to the host's memory and back"""
 SPARE = 0.05
 """of the limit: what kept activations leave free, since no run fails for want of them"""
-DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 0.9e12, 2.5e12, 5.5e14
-"""one H100's with Llama 3.1 8B (8, 64 and 256 x 256 tokens: 5.4, 8.2 and 20 ms a decode step; 0.28 s to train the
-first, its activations kept), for a rough forecast"""
-DECODE_SEQUENCES = 150
+DECODE_BYTES_PER_S, KV_BYTES_PER_S, TRAIN_FLOPS = 1.0e12, 2.5e12, 5.5e14
+"""one H100's with Llama 3.1 8B (8, 64 and 256 x 256 tokens in 1.26, 2.04 and 4.04 s; 0.28 s to train the first, its
+activations kept), for a rough forecast"""
+DECODE_SEQUENCES = 180
 """so many sequences more take as long again as reading the weights"""
 
 
