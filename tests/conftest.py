@@ -24,7 +24,17 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+try:
+    from hypothesis import settings
+except ImportError:  # the environments of vLLM and of a GPU do without
+    settings = None
+
 ROOT = Path(__file__).parent.parent
+FUZZ_EXAMPLES = int(os.environ.get("GRPO_FUZZ_EXAMPLES", "0"))
+"""of each property, drawn anew at each run; 0: a few, and always the same"""
+if settings is not None:
+    settings.register_profile("grpo", deadline=None, derandomize=not FUZZ_EXAMPLES, max_examples=FUZZ_EXAMPLES or 100)
+    settings.load_profile("grpo")
 ARCHITECTURES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,

@@ -15,7 +15,7 @@ from grpo_rollout.kv_cache import DECODING, decode_attention, decoding, growing_
 from grpo_rollout.torch_engine import TorchEngine
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.integers(1, 9), st.lists(st.integers(0, 99), min_size=1, max_size=6)), max_size=12))
 def test_equals_the_dynamic_cache(actions):
     """Any order of appended columns (numbers) and chosen rows (lists), in blocks of 4 so that buffers often grow."""

@@ -484,7 +484,7 @@ def close(actual, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 1000), owner=st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_micro_batches_add_up(objective, seed, owner):
     """However the step is cut: loss, gradient and every metric."""
@@ -502,7 +502,7 @@ def test_micro_batches_add_up(objective, seed, owner):
     close(summed, loss)
     close(total, gradient)
     merged, expected = merge_metrics(parts), merge_metrics([metrics])
-    assert merged == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert merged == pytest.approx(expected, rel=1e-6, abs=1e-6)  # metrics are in float32
 
 
 def test_micro_batches_add_up_in_float32():
@@ -529,7 +529,7 @@ GARBAGE = [float("nan"), float("inf"), float("-inf"), 1e4, -1e4]
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 1000), garbage=st.lists(st.sampled_from(GARBAGE), min_size=6, max_size=6))
 def test_masked_positions_do_not_matter(objective, seed, garbage):
     b = ragged_batch(seed, dtype=torch.float64)
@@ -546,7 +546,7 @@ def test_masked_positions_do_not_matter(objective, seed, garbage):
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 1000), order=st.permutations(range(6)), columns=st.integers(0, 3))
 def test_order_width_and_empty_sequences_do_not_matter(objective, seed, order, columns):
     b = ragged_batch(seed, dtype=torch.float64)

@@ -79,7 +79,7 @@ def test_parts_by_hand():
     assert (made.generate_seconds, made.train_seconds) == (pytest.approx(2.2, rel=0.1), pytest.approx(0.46, rel=0.4))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(["phi4", "qwen25_1_5b"]),
     st.floats(1, 40),

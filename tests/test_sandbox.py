@@ -6,13 +6,12 @@ import signal
 import string
 
 import pytest
+from conftest import FUZZ_EXAMPLES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from grpo.answers import MAX_ANSWER
 from grpo.sandbox import Sandbox
-
-FULL_FUZZ = int(os.environ.get("GRPO_FUZZ_EXAMPLES", "0"))
 
 BEHAVIOURS = """
 import os, sys, time
@@ -316,8 +315,7 @@ def strict_sandbox():
 
 
 @settings(
-    max_examples=max(FULL_FUZZ // 25, 3),
-    deadline=None,
+    max_examples=max(FUZZ_EXAMPLES // 25, 3),
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
