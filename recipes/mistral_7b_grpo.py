@@ -99,7 +99,7 @@ class Args:
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """of the sampler; fp8 halves its KV cache"""
     fused_nf4: bool | None = None
-    """the sampler multiplies 4-bit weights by a kernel that reads them once: None where it applies, False never"""
+    """vLLM multiplies 4-bit weights by a kernel that reads them once: None where it applies, False never"""
 
     learning_rate: float = 2e-5
     """AdamW's, constant after the warm-up"""

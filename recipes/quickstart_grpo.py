@@ -4,7 +4,7 @@
 
 It needs no GPU and downloads nothing: the model is made here, once (grpo/tiny.py). It can add three-digit numbers if
 it works digit by digit between <think> and </think>, but mostly it answers at once, and wrongly. Only a right answer is
-rewarded. Held-out pass@1 rises from 0.24 to 0.98 in 40 steps, and answers grow from 18 to 45 tokens.
+rewarded. Held-out pass@1 rises from a quarter to 0.95 or more in 40 steps, and answers grow from 18 to 45 tokens.
 Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on NF4 weights, the mean over all tokens of a step (DAPO)
 instead of each answer's own mean first, one optimizer step a batch.
 """
