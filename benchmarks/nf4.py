@@ -28,7 +28,7 @@ from torch import Tensor
 
 import grpo_kernels.nf4_linear as nf4
 from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_prepare import COUNTERS, Lora
+from grpo_kernels.nf4_prepare import Lora, new_counters
 from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles
 
 try:
@@ -182,8 +182,7 @@ def slice_ends(args: Args, shape: tuple[int, int]) -> tuple[int, ...]:
 def random_lora(args: Args, shape: tuple[int, int]) -> Lora:
     (n, k), ends = shape, slice_ends(args, shape)
     a = torch.randn(len(ends) * args.lora, k, device=DEVICE) / k**0.5
-    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=DEVICE)
-    return Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends, counters)
+    return Lora(a.bfloat16(), torch.randn(n, args.lora, device=DEVICE).bfloat16(), ends, new_counters(DEVICE))
 
 
 def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[Lora], fused: bool) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_kernels.nf4_dequantise import BLOCK, absmax_of, nf4_dequantise, triton
 from grpo_kernels.nf4_linear import choose_backend, nf4_linear
-from grpo_kernels.nf4_prepare import COUNTERS, Lora
+from grpo_kernels.nf4_prepare import Lora, new_counters
 
 PEFT = "0.21"
 """the release whose `lora.Linear4bit` this stands in for"""
@@ -154,10 +154,8 @@ def adapters(layers: Sequence[Adapted]) -> list[Tensor]:
     return [p for layer in layers for p in (layer.a, layer.b)]
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """`Lora.counters` of all layers, whose products run one after the other: zeroed once, not at each."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+_counters = functools.cache(new_counters)
+"""of all layers, whose products run one after the other: zeroed once, not at each"""
 
 
 def _read_once(x: Tensor, layer: Adapted) -> Tensor:

@@ -31,7 +31,7 @@ except ImportError:  # the environments of vLLM and of a GPU do without
 
 ROOT = Path(__file__).parent.parent
 FUZZ_EXAMPLES = int(os.environ.get("GRPO_FUZZ_EXAMPLES", "0"))
-"""of each property, drawn anew at each run; 0: a few, and always the same"""
+"""of each property that sets no number of its own; above 0 all are drawn anew at each run, else always the same"""
 if settings is not None:
     settings.register_profile("grpo", deadline=None, derandomize=not FUZZ_EXAMPLES, max_examples=FUZZ_EXAMPLES or 100)
     settings.load_profile("grpo")

@@ -72,7 +72,7 @@ def train(args: Args, *, world: World | None = None, pause: float = 0.0, at_step
 
 
 def killed_often(begin: Callable[[list[str]], None], directory: Path, kills: int, seed: int, start: float) -> None:
-    """Run `begin` in child processes, SIGKILL each at a random moment, resume, and let the last one end.
+    """Run `begin` in child processes, SIGKILL each at a random moment, and resume; at last in this one, to the end.
 
     begin: given ["--run-dir", directory] or ["--resume", directory], runs to the end. Children are forked, so that
     each is at work at once; each takes the run's lock, files and generators anew. A moment is a number of lines logged
@@ -80,31 +80,26 @@ def killed_often(begin: Callable[[list[str]], None], directory: Path, kills: int
     itself one line later: however fast the machine, none comes to the end of the run before it is killed."""
     moments = random.Random(seed)
     left = []
-    for attempt in range(kills + 1):
-        last = attempt == kills
-        count = 0 if last else moments.randint(0, 7)
+    for _ in range(kills):
+        count = moments.randint(0, 7)
         lines, logged = os.pipe()
         child = os.fork()
         if child == 0:
-            if not last:
-                announce_lines(logged, stop_after=count + 1)
+            announce_lines(logged, stop_after=count + 1)
             begin(["--resume" if directory.exists() else "--run-dir", str(directory)])
             os._exit(0)
         os.close(logged)  # so that a child that fails is not waited for
-        if not last:
-            for _ in range(count):
-                os.read(lines, 1)
-            time.sleep(moments.uniform(0.0, 0.04 if count else start))
-            os.kill(child, signal.SIGKILL)
+        for _ in range(count):
+            os.read(lines, 1)
+        time.sleep(moments.uniform(0.0, 0.04 if count else start))
+        os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         os.close(lines)
-        if last:
-            assert status == 0, status
-        else:
-            assert os.WIFSIGNALED(status), f"the child ended before it was killed: {status}"
-            saved = sorted(directory.glob("checkpoints/step-*"))
-            left.append(int(saved[-1].name[-6:]) if saved else 0)
+        assert os.WIFSIGNALED(status), f"the child ended before it was killed: {status}"
+        saved = sorted(directory.glob("checkpoints/step-*"))
+        left.append(int(saved[-1].name[-6:]) if saved else 0)
     assert len(set(left)) > kills // 4, f"the run did not get on: checkpoints of steps {left}"
+    begin(["--resume", str(directory)])
     print(f"killed {kills} times, leaving checkpoints of steps {left}")
 
 

@@ -13,7 +13,7 @@ from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
 from grpo_kernels.nf4_few_rows import block_ptx
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
 from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
-from grpo_kernels.nf4_prepare import COUNTERS, SHRINK_BLOCK, Lora, _shrink_splits, lora_fits
+from grpo_kernels.nf4_prepare import COUNTERS, SHRINK_BLOCK, Lora, _shrink_splits, lora_fits, new_counters
 from grpo_kernels.nf4_scaled import scaled_lookup_ptx
 from grpo_kernels.nf4_tiles import Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
@@ -213,7 +213,7 @@ def test_product_with_a(multiprocessors, splits, given, monkeypatch):
     x, packed, absmax, _ = problem(192, 1536, 21)
     lora = adapter(1536, 24, (64, 128, 192))
     if given:
-        lora = lora._replace(counters=torch.zeros(COUNTERS, dtype=torch.int32))
+        lora = lora._replace(counters=new_counters("cpu"))
     seen = {}
 
     class Second:

@@ -45,6 +45,11 @@ COUNTERS = 64
 """an adapter's counters, one for each tile of x A^T whose sum programs share"""
 
 
+def new_counters(device: torch.device | str) -> Tensor:
+    """`Lora.counters`, for any number of adapters whose products run one after the other."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
 def lora_fits(lora: Lora, n_tile: int) -> bool:
     """Whether the fused kernel can add it: a tile of W's rows lies in one slice, and the rank in registers."""
     return lora.b.shape[1] <= FUSED_RANK and len(lora.ends) <= 3 and not any(end % n_tile for end in lora.ends[:-1])
@@ -79,7 +84,7 @@ def lora_arguments(
         parts = torch.empty(splits, *shrunk.shape, dtype=torch.float32, device=x.device)
         counters = lora.counters
         if counters is None:
-            counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+            counters = new_counters(x.device)
     common = {"shrunk_ptr": shrunk, "slices": slices, "RANK": rank, "RANK_TILE": rank_tile}
     shrink = common | {
         "a_ptr": lora.a, "parts_ptr": parts, "shrink_counters_ptr": counters, "shrunk_rows": len(shrunk),

@@ -9,7 +9,7 @@ from torch import nn
 from grpo.lora import mm_in
 from grpo_kernels.nf4_dequantise import BLOCK, NestedAbsmax
 from grpo_kernels.nf4_linear import FUSED_ROWS, is_hopper, nf4_linear
-from grpo_kernels.nf4_prepare import Lora
+from grpo_kernels.nf4_prepare import Lora, new_counters
 from grpo_kernels.swiglu import swiglu_reference
 from grpo_rollout.shared_weights import Quantized, dequantized
 
@@ -46,7 +46,7 @@ def with_adapter(rank: int, *, gated: Literal["x", "y"] | None = None) -> tuple[
             a = torch.randn(len(ends) * rank, weight.cols, generator=generator, device=x.device) / weight.cols**0.5
             b = torch.randn(weight.rows, rank, generator=generator, device=x.device) / rank**0.5
             b *= dequantized(weight, x.dtype)[0].float().norm()
-            made[key] = Lora(a.to(x.dtype), b.to(x.dtype), ends)
+            made[key] = Lora(a.to(x.dtype), b.to(x.dtype), ends, new_counters(x.device))
         return made[key]
 
     def tried(weight: Quantized, x: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import nn
 
 from grpo.memory import GIB, dims
 from grpo_kernels.nf4_linear import FUSED_ROWS, nf4_linear
-from grpo_kernels.nf4_prepare import COUNTERS, FUSED_RANK, Lora
+from grpo_kernels.nf4_prepare import FUSED_RANK, Lora, new_counters
 from grpo_kernels.nf4_tiles import FEW_ROWS_TILE
 from grpo_kernels.token_logprob import token_logprob
 from grpo_rollout import fused_nf4 as nf4
@@ -670,7 +670,6 @@ def _fuse_adapters(model: Any) -> Any:
         module = modules[name]
         a, b = (torch.cat([t[0, 0] for t in s]) for s in (module.lora_a_stacked, module.lora_b_stacked))
         ends = tuple(itertools.accumulate(t.shape[2] for t in module.lora_b_stacked))
-        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=a.device)
         if ends[-1] != weight.rows or module.lora_a_stacked[0].shape[:2] != (1, 1):
             raise ValueError(f"vLLM keeps the adapter of {name} in a layout that is not known here")
         module.lora_a_stacked = tuple(t[None, None] for t in a.chunk(len(ends)))
@@ -682,7 +681,7 @@ def _fuse_adapters(model: Any) -> Any:
         gated = type(mlp).__name__ in GATED_MLPS and type(mlp.act_fn).__name__ == "SiluAndMul"
         gated = gated and {f"{parent}.{GATE_UP}", f"{parent}.{DOWN}"} <= ours.keys()
         module.apply = functools.partial(
-            _apply_with_adapter, weight, Lora(a, b, ends, counters), gated and leaf == GATE_UP, following
+            _apply_with_adapter, weight, Lora(a, b, ends, new_counters(a.device)), gated and leaf == GATE_UP, following
         )
         if gated and leaf == DOWN:
             mlp.act_fn.forward = functools.partial(_left_to_products, mlp.act_fn.forward)

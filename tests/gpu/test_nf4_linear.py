@@ -7,7 +7,7 @@ from test_nf4_linear import adapter, bitsandbytes_weight, exact_product, poisone
 
 from grpo_kernels import nf4_linear as nf4
 from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
-from grpo_kernels.nf4_prepare import COUNTERS
+from grpo_kernels.nf4_prepare import new_counters
 from grpo_kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -181,7 +181,7 @@ def test_adapter_under_a_graph(rows, size):
     x, packed, absmax, _ = problem(1024, 1024, rows, torch.bfloat16, device="cuda")
     weight = nf4.nf4_dequantise_reference(packed, absmax, (1024, 1024), torch.float64)
     lora = adapter(1024, 16, (512, 768, 1024), torch.bfloat16, device="cuda")
-    lora = lora._replace(counters=torch.zeros(COUNTERS, dtype=torch.int32, device="cuda"))
+    lora = lora._replace(counters=new_counters("cuda"))
 
     def run():
         inputs = [x * (i + 1) for i in range(6)]
