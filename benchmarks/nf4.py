@@ -9,7 +9,7 @@
     python benchmarks/nf4.py --chunks           # chunk sizes of the path for many rows
 
 A measurement is a CUDA graph of the linear layers of all the model's layers, each with its own weights (3.5 GB in all,
-so that the L2 cache serves none of them), replayed; the median is reported. Scales are double-quantised. GB/s counts
+so that the L2 cache serves none of them), replayed; the median is reported. Scales are double-quantized. GB/s counts
 the codes and scales (bf16: the weights), each once.
 """
 
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import grpo_kernels.nf4_linear as nf4
-from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_prepare import Lora, new_counters
-from grpo_kernels.nf4_tiles import FEW_ROWS_TILE, Tiles
+import grpo_kernels.nf4.linear as nf4
+from grpo_kernels.nf4.dequantize import NestedAbsmax, absmax_of, expand_absmax
+from grpo_kernels.nf4.prologue import Lora, new_counters
+from grpo_kernels.nf4.tiles import FEW_ROWS_TILE, Tiles
 
 try:
     import bitsandbytes as bnb
@@ -78,7 +78,7 @@ class Args:
     chunks: bool = False
     """times of chunk sizes instead"""
     expanded: bool = False
-    """scales expanded to float32 for ours, instead of double-quantised"""
+    """scales expanded to float32 for ours, instead of double-quantized"""
     replays: int = 20
     """replays of each graph"""
     best: int = 4
@@ -95,14 +95,14 @@ class Weight:
 
     def bytes(self) -> int:
         nested = isinstance(self.absmax, NestedAbsmax)
-        return self.packed.numel() + (self.absmax.quantised.numel() if nested else 4 * self.absmax.numel())
+        return self.packed.numel() + (self.absmax.quantized.numel() if nested else 4 * self.absmax.numel())
 
     def state(self):
         """As bitsandbytes' QuantState."""
         a = self.absmax
         outer = bnb.functional.QuantState(absmax=a.absmax, code=a.code, blocksize=256, dtype=torch.float32)
         return bnb.functional.QuantState(
-            absmax=a.quantised, shape=torch.Size(self.shape), code=bnb.functional.get_4bit_type("nf4", device="cuda"),
+            absmax=a.quantized, shape=torch.Size(self.shape), code=bnb.functional.get_4bit_type("nf4", device="cuda"),
             blocksize=64, quant_type="nf4", dtype=torch.bfloat16, offset=a.offset.flatten()[0], state2=outer,
         )  # fmt: skip
 
@@ -218,13 +218,13 @@ def table(args: Args) -> None:
     plain = [torch.empty(w.shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.02) for w in weights]
     loras = [random_lora(args, w.shape) for w in weights] if args.lora else []
     print(f"{len(weights)} products, {count / 1e9:.2f}e9 weights, {packed_bytes / 1e9:.2f} GB of codes and scales")
-    print(f"{'rows':>5} | {'ours ms':>8}{'GB/s':>6} {'path':11}| {'dequantise':>10} | {'bnb ms':>8} | ", end="")
+    print(f"{'rows':>5} | {'ours ms':>8}{'GB/s':>6} {'path':11}| {'dequantize':>10} | {'bnb ms':>8} | ", end="")
     print(f"{'bf16 ms':>8}{'GB/s':>6}" + (f" | rank {args.lora}: fused ms, after it" if args.lora else ""))
     for rows in args.rows:
         x = inputs(shapes, rows)
         path = nf4.choose_backend(next(iter(x.values())), rows, 4096)
         ms = replay_ms(products(weights, x), args.replays)
-        chunks = replay_ms(products(weights, x, "dequantise"), 5)
+        chunks = replay_ms(products(weights, x, "dequantize"), 5)
         theirs = float("nan")
         if bnb:
             theirs = replay_ms(
@@ -260,7 +260,7 @@ def check(args: Args) -> bool:
         packed, state = bnb.functional.quantize_4bit(full, quant_type="nf4", compress_statistics=True)
         state.dtype = torch.bfloat16
         absmax = absmax_of(state)
-        exact_weight = nf4.nf4_dequantise_reference(packed, absmax, (n, k), torch.float64)
+        exact_weight = nf4.nf4_dequantize_reference(packed, absmax, (n, k), torch.float64)
         cells = []
         for rows in args.rows:
             x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
@@ -318,7 +318,7 @@ def compile_tiles(args: Args) -> bool:
         device=DEVICE,
         dtype=torch.bfloat16,
     )
-    exact = x.double() @ nf4.nf4_dequantise_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
+    exact = x.double() @ nf4.nf4_dequantize_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
     for splits in (1,) if tiles.n == FEW_ROWS_TILE else (1, 2):
         t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
@@ -376,7 +376,7 @@ def tune_shape(
     """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name."""
     w, rows = weights[0], len(x)
     n, k = w.shape
-    exact = x.double() @ nf4.nf4_dequantise_reference(w.packed, w.absmax, w.shape, torch.float64).T
+    exact = x.double() @ nf4.nf4_dequantize_reference(w.packed, w.absmax, w.shape, torch.float64).T
     limit = 3e-3
     if bnb and DEVICE == "cuda":
         limit = 1.01 * relative_error(bnb.matmul_4bit(x, w.packed, w.state()), exact)
@@ -446,15 +446,15 @@ def chunks(args: Args) -> None:
         cells = []
         for size in sizes:
             nf4.CHUNK_BYTES = size << 20
-            cells.append(f"{replay_ms(products(weights, x, 'dequantise'), 7):8.2f}")
+            cells.append(f"{replay_ms(products(weights, x, 'dequantize'), 7):8.2f}")
         print(f"{rows:5} rows", *cells, flush=True)
     out = torch.empty(14336, 4096, device="cuda", dtype=torch.bfloat16)
     large = [w for w in weights if w.shape[0] == 14336]
     if large:
         ms = replay_ms(
-            lambda: [nf4.nf4_dequantise(w.packed, w.absmax, w.shape, torch.bfloat16, out=out) for w in large], 10
+            lambda: [nf4.nf4_dequantize(w.packed, w.absmax, w.shape, torch.bfloat16, out=out) for w in large], 10
         )
-        print(f"dequantise alone: {sum(w.bytes() + 4 * w.packed.numel() for w in large) / ms / 1e6:.0f} GB/s")
+        print(f"dequantize alone: {sum(w.bytes() + 4 * w.packed.numel() for w in large) / ms / 1e6:.0f} GB/s")
 
 
 if __name__ == "__main__":

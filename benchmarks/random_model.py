@@ -91,7 +91,7 @@ def resized(config: PreTrainedConfig, **sizes: int) -> PreTrainedConfig:
 
 
 def write_random(config: PreTrainedConfig, folder: Path, device: str = "cuda") -> None:
-    """A checkpoint as bitsandbytes saves it: NF4 with double quantisation, embeddings, head and norms in bf16."""
+    """A checkpoint as bitsandbytes saves it: NF4 with double quantization, embeddings, head and norms in bf16."""
     config = copy.deepcopy(config)
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -142,7 +142,7 @@ class Args:
     layers: int | None = None
     """only so many"""
     device: str = "cuda"
-    """where weights are quantised"""
+    """where weights are quantized"""
 
 
 def main(args: Args) -> None:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from grpo.memory import GIB
+from grpo_rollout.fit.memory import GIB
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9
@@ -71,7 +71,7 @@ class Args:
     layers: int | None = None
     """only so many layers"""
     limit: bool = True
-    """pass the row's limit to --gpu-memory-gb; off: the whole card"""
+    """pass the row's limit to --gpu-memory-gib; off: the whole card"""
     sampled_tokens: int | None = None
     """end completions after so many tokens; the KV cache and the preflight stay those of the row's length"""
     extra: dict[str, str] = field(default_factory=dict)
@@ -121,7 +121,7 @@ def marked(name: str, function: Any) -> Any:
     return run
 
 
-def coin(completions: list[str], golds: list[str], **_: Any) -> list[float]:
+def coin(completions: list[str], ground_truths: list[str], **_: Any) -> list[float]:
     """0 or 1 by a hash of the answer."""
     return [float(hashlib.sha256(text.encode()).digest()[0] & 1) for text in completions]
 
@@ -191,7 +191,7 @@ def main(args: Args) -> None:
             "prompts_per_step": 1, "group_size": row.group_size, "max_completion_tokens": row.completion_tokens,
             "eval_questions": 1, "eval_every": 0, "save_every": 0,
             **({} if row.recipe == "countdown_zero" else {"data": str(data)}),
-            **({"gpu_memory_gb": row.limit_gb * GB / GIB} if args.limit else {}),
+            **({"gpu_memory_gib": row.limit_gb * GB / GIB} if args.limit else {}),
             **row.flags, **args.extra,
         }  # fmt: skip
         if row.recipe == "countdown_zero":

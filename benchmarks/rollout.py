@@ -21,17 +21,17 @@ import torch
 import tyro
 from train import profiled, train_step
 
-from grpo.memory import GIB
-from grpo.models import load_policy, trainable_parameters
+from grpo.policy.models import load_policy, trainable_parameters
 from grpo_rollout.engine import Completion, Sampling
-from grpo_rollout.torch_engine import dequantized
-from grpo_rollout.vllm_engine import VLLMEngine
+from grpo_rollout.fit.memory import GIB
+from grpo_rollout.torch.engine import dequantized
+from grpo_rollout.vllm.engine import VLLMEngine
 
 
 @dataclass
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """folder of the model, quantised or not"""
+    """folder of the model, quantized or not"""
     group_size: int = 8
     """completions of one prompt, all at a time"""
     prompt_tokens: int = 256
@@ -40,7 +40,7 @@ class Args:
     """tokens of each completion"""
     lora_rank: int = 16
     """of the adapter on all linear layers"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gib: float | None = None
     """what the process may use of the card"""
     dequantize: bool = False
     """decode with 16-bit weights"""
@@ -59,7 +59,7 @@ class Args:
     fused_lora: bool = True
     """the sampler's adapter within our product"""
     fused_training: bool = True
-    """the trainer's layers in fewer passes over memory (grpo.layers)"""
+    """the trainer's layers in fewer passes over memory (grpo.policy.layers)"""
     kept_layers: int = 0
     """layers that keep their activations rather than compute them again in the backward pass"""
     repeats: int = 3
@@ -168,7 +168,7 @@ def main(args: Args) -> None:
     begin = time.perf_counter()
     engine = VLLMEngine(
         model, eos_ids=[model.config.vocab_size - 1], max_prompt_tokens=args.prompt_tokens,
-        max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gb=args.gpu_memory_gb,
+        max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gib=args.gpu_memory_gib,
         dequantize=args.dequantize, fused_nf4=args.fused_nf4, fused_lora=None if args.fused_lora else False,
         tolerance=0.3,  # random weights amplify the rounding of bf16: see the fp32 reference below
     )  # fmt: skip

@@ -22,16 +22,16 @@ from torch.autograd import DeviceType
 from grpo.advantages import group_advantages
 from grpo.batch import micro_batches
 from grpo.logprobs import completion_logps
-from grpo.memory import GIB
-from grpo.models import load_policy, trainable_parameters
 from grpo.objective import Objective, policy_loss
+from grpo.policy.models import load_policy, trainable_parameters
 from grpo_rollout.engine import Completion
+from grpo_rollout.fit.memory import GIB
 
 
 @dataclass
 class Args:
     model: Annotated[str, tyro.conf.Positional]
-    """folder of the model, quantised or not"""
+    """folder of the model, quantized or not"""
     group_size: int = 8
     """completions of one prompt"""
     prompt_tokens: int = 256
@@ -47,7 +47,7 @@ class Args:
     kept_layers: int = 0
     """layers that keep their activations rather than compute them again in the backward pass"""
     fused: bool = True
-    """layers in fewer passes over memory (grpo.layers)"""
+    """layers in fewer passes over memory (grpo.policy.layers)"""
     steps: int = 5
     """timed steps of each size, after one that is not"""
     profile: int = 0

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from grpo.distributed import World, all_gather
-from grpo.rewards import Scores
+from grpo.tasks.rewards import Scores
 
 Rewards = Sequence[float | None] | Tensor
 Scale = Literal["group", "batch", "none"]
@@ -67,7 +67,7 @@ def counted_samples(estimator: Estimator, zero_variance: Tensor, truncated: Sequ
 def estimate_advantages(estimator: Estimator, scores: Scores, group_size: int, *, world: World | None = None) -> Tensor:
     """`group_advantages` of the total rewards or `gdpo_advantages` of each function's by its weight, as the flags say.
 
-    scores: this rank's (`grpo.rewards.score`), whole groups; returns this rank's advantages, [samples] float32.
+    scores: this rank's (`grpo.tasks.rewards.score`), whole groups; returns this rank's advantages, [samples] float32.
     world: "the batch" of --scale batch and --aggregate gdpo is the whole step's, of all ranks. Every rank must call it.
     """
     world = world or World()

@@ -11,7 +11,7 @@ from torch import nn
 from grpo.batch import MicroBatch
 from grpo.distributed import World
 from grpo.objective import Objective, entropy_threshold
-from grpo.recompute import inputs_on_host
+from grpo.policy.recompute import inputs_on_host
 from grpo_kernels.linear_logprob import linear_logprob
 
 

@@ -1,4 +1,4 @@
-"""The policy objective: per-token losses (grpo_kernels.policy_terms), KL, corrections, masks, averaging, metrics.
+"""The policy objective: per-token losses (grpo.losses), KL, corrections, masks, averaging, metrics.
 
     loss = average(importance * keep * policy + beta * kl) - entropy_bonus * mean entropy
 
@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.cli import flag
 from grpo.distributed import World, all_gather
-from grpo_kernels.policy_terms import LOSSES, MAX_LOG_RATIO, Kl, Level, clip_range, clipped, policy_terms
+from grpo.errors import flag
+from grpo.losses import LOSSES, MAX_LOG_RATIO, Kl, Level, clip_range, clipped, policy_terms
 
 Importance = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Average = Literal["sequence_mean", "sequence_sum", "token_mean", "local_token_mean", "constant"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo.cli import check_prompts_per_step
+from grpo.runs.cli import check_prompts_per_step
 
 
 def prompt_indices(

@@ -1,7 +1,7 @@
 """R1-Zero on Countdown: a base model, no demonstrations, a rule for a reward. Does it begin to check itself?
 
     python recipes/countdown_zero_grpo.py --steps 500                       # the whole card
-    python recipes/countdown_zero_grpo.py --steps 500 --gpu-memory-gb 7.4   # a card of 8 GB
+    python recipes/countdown_zero_grpo.py --steps 500 --gpu-memory-gib 7.4   # a card of 8 GB
     python recipes/countdown_zero_grpo.py --dry-run                         # memory by part, tokens, seconds a step
 
 The puzzle: reach a target with each of some numbers once and + - * /. It is easy to check and takes search, so trying,
@@ -26,12 +26,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, countdown_examples
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.memory import hold_memory, preflight
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_policy,
     check_prompt_lengths,
     load_policy,
@@ -41,13 +39,15 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import countdown, format_tags, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
+from grpo.tasks.data import check_disjoint, countdown_examples
+from grpo.tasks.rewards import countdown, format_tags, score
 from grpo_rollout.engine import Sampling
+from grpo_rollout.fit.memory import hold_memory, preflight
+from grpo_rollout.fit.plan import describe, make_plan
 from grpo_rollout.make import make_engine
-from grpo_rollout.plan import describe, make_plan
 
 PROMPT = """A conversation between User and Assistant. The assistant first thinks about the reasoning process and then
 gives the answer, as <think> reasoning process </think> <answer> answer </answer>.
@@ -66,7 +66,7 @@ SELF_CHECK = re.compile(
 @dataclass
 class Args:
     model: str = "Qwen/Qwen2.5-3B"
-    """a hub name, a transformers folder (quantised or not), or a .gguf file"""
+    """a hub name, a transformers folder (quantized or not), or a .gguf file"""
     numbers: int = 4
     """of a puzzle; 3 is easier"""
     train_puzzles: int = 20_000
@@ -81,7 +81,7 @@ class Args:
     """run directory to continue"""
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """what samples: vLLM on a GPU that has it, else PyTorch"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gib: float | None = None
     """GiB of the card that the whole process may use, as nvidia-smi shows it; by default all of it"""
     dry_run: bool = False
     """print the plan (memory by part, tokens and expected seconds a step) and stop"""
@@ -158,7 +158,7 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
-        gpu_memory_gb=args.gpu_memory_gb,
+        gpu_memory_gib=args.gpu_memory_gib,
         kv_cache_dtype=args.kv_cache_dtype,
         device=world.device,
     )
@@ -201,12 +201,12 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         sequences=plan.sequences,
-        gpu_memory_gb=plan.engine_gb,
+        gpu_memory_gib=plan.engine_gb,
         kv_cache_dtype=args.kv_cache_dtype,
         fused_nf4=args.fused_nf4,
     )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
-    hold_memory(args.gpu_memory_gb, world.device)
+    hold_memory(args.gpu_memory_gib, world.device)
     preflight(
         model,
         prompt_tokens=args.max_prompt_tokens,
@@ -224,12 +224,12 @@ def main(args: Args) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Held-out puzzles, one sample each as in training: greedily, base models repeat themselves."""
         mine = held_out[world.rank :: world.size]
-        prompts, golds = [encode(e.question) for e in mine], [e.gold for e in mine]
+        prompts, ground_truths = [encode(e.question) for e in mine], [e.ground_truth for e in mine]
         with run.phase("evaluate"):
             engine.sync(model)
             ids = [c.token_ids for c in engine.generate(prompts, 1, sampling, seed=0)]
             texts = [decode(t) for t in ids]
-            solved = countdown(texts, golds)
+            solved = countdown(texts, ground_truths)
         run.save_completions(step, [tokenizer.decode(p) for p in prompts], texts, {"correct": solved}, split="eval")
         means = {"eval/pass_at_1": solved, "eval/self_check": self_checks(texts), "eval/length": [len(t) for t in ids]}
         return all_means(means, world)
@@ -251,8 +251,8 @@ def main(args: Args) -> None:
         # --- score
         with run.phase("score"):
             texts = [decode(t) for t in ids]
-            golds = [train[i].gold for i in indices for _ in range(args.group_size)]
-            scores = score(REWARDS, texts, golds)
+            ground_truths = [train[i].ground_truth for i in indices for _ in range(args.group_size)]
+            scores = score(REWARDS, texts, ground_truths)
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)

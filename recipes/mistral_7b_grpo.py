@@ -1,7 +1,7 @@
 """GRPO on Mistral 7B: grade-school word problems (GSM8K), with a slope towards the format and KL to the base model.
 
     python recipes/mistral_7b_grpo.py --steps 300                        # the whole card
-    python recipes/mistral_7b_grpo.py --steps 300 --gpu-memory-gb 9.3    # a card of 10 GB: 256 + 768 tokens
+    python recipes/mistral_7b_grpo.py --steps 300 --gpu-memory-gib 9.3    # a card of 10 GB: 256 + 768 tokens
     python recipes/mistral_7b_grpo.py --dry-run                          # memory by part, tokens and seconds a step
 
 Card: from 10 GB; weights in 4 bits are 3.9 GiB of it. What to see: a model that keeps to no format by being told.
@@ -27,14 +27,11 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
-from grpo.answers import extract_lenient
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.memory import hold_memory, preflight
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_policy,
     encode_chat,
     load_policy,
@@ -44,13 +41,16 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import correctness, graded_tags, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
+from grpo.tasks.answers import extract_lenient
+from grpo.tasks.data import check_disjoint, drop_long, fixed_sample, load_splits
+from grpo.tasks.rewards import correctness, graded_tags, score
 from grpo_rollout.engine import Sampling
+from grpo_rollout.fit.memory import hold_memory, preflight
+from grpo_rollout.fit.plan import describe, make_plan
 from grpo_rollout.make import make_engine
-from grpo_rollout.plan import describe, make_plan
 
 PROMPT = """{question}
 
@@ -66,7 +66,7 @@ the number alone
 @dataclass
 class Args:
     model: str = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
-    """a hub name, a transformers folder (quantised or not), or a .gguf file"""
+    """a hub name, a transformers folder (quantized or not), or a .gguf file"""
     data: str = "gsm8k"
     """"gsm8k" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 300
@@ -79,7 +79,7 @@ class Args:
     """run directory to continue"""
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """what samples: vLLM on a GPU that has it, else PyTorch"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gib: float | None = None
     """GiB of the card that the whole process may use, as nvidia-smi shows it; by default all of it"""
     dry_run: bool = False
     """print the plan (memory by part, tokens and expected seconds a step) and stop"""
@@ -132,7 +132,7 @@ class Args:
 
 
 REWARDS = {"correct": (correctness, 1.0), "format": (graded_tags, 0.2)}
-"""name -> (function, weight). Your own is any function (completions, golds) -> list of numbers: add it here."""
+"""name -> (function, weight). Your own is any function (completions, ground_truths) -> list of numbers: add it here."""
 
 
 def main(args: Args) -> None:
@@ -153,7 +153,7 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
-        gpu_memory_gb=args.gpu_memory_gb,
+        gpu_memory_gib=args.gpu_memory_gib,
         kv_cache_dtype=args.kv_cache_dtype,
         device=world.device,
     )
@@ -194,12 +194,12 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         sequences=plan.sequences,
-        gpu_memory_gb=plan.engine_gb,
+        gpu_memory_gib=plan.engine_gb,
         kv_cache_dtype=args.kv_cache_dtype,
         fused_nf4=args.fused_nf4,
     )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
-    hold_memory(args.gpu_memory_gb, world.device)
+    hold_memory(args.gpu_memory_gib, world.device)
     preflight(
         model,
         prompt_tokens=args.max_prompt_tokens,
@@ -217,12 +217,15 @@ def main(args: Args) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Greedy pass@1 on held-out questions: strict, as the reward reads it, and lenient."""
         mine = held_out[world.rank :: world.size]
-        prompts, golds = [encode(e.question) for e in mine], [e.gold for e in mine]
+        prompts, ground_truths = [encode(e.question) for e in mine], [e.ground_truth for e in mine]
         with run.phase("evaluate"):
             engine.sync(model)
             ids = [c.token_ids for c in engine.generate(prompts, 1, sampling._replace(temperature=0), seed=0)]
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            strict, lenient = correctness(texts, golds), correctness(texts, golds, extract=extract_lenient)
+            strict, lenient = (
+                correctness(texts, ground_truths),
+                correctness(texts, ground_truths, extract=extract_lenient),
+            )
         run.save_completions(step, [tokenizer.decode(p) for p in prompts], texts, {"correct": strict}, split="eval")
         means = {"eval/pass_at_1": strict, "eval/pass_at_1_lenient": lenient, "eval/length": [len(t) for t in ids]}
         return all_means(means, world)
@@ -244,8 +247,8 @@ def main(args: Args) -> None:
         # --- score
         with run.phase("score"):
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            golds = [train[i].gold for i in indices for _ in range(args.group_size)]
-            scores = score(REWARDS, texts, golds)
+            ground_truths = [train[i].ground_truth for i in indices for _ in range(args.group_size)]
+            scores = score(REWARDS, texts, ground_truths)
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)

@@ -1,8 +1,8 @@
 """GRPO on Phi-4 (14B): competition mathematics (MATH), the answer in a box, checked symbolically.
 
     python recipes/phi4_grpo.py --steps 300                        # the whole card
-    python recipes/phi4_grpo.py --steps 300 --gpu-memory-gb 14.9   # a card of 16 GB: 256 + 1024 tokens
-    python recipes/phi4_grpo.py --steps 300 --gpu-memory-gb 13.9 --max-completion-tokens 768    # 15 GB
+    python recipes/phi4_grpo.py --steps 300 --gpu-memory-gib 14.9   # a card of 16 GB: 256 + 1024 tokens
+    python recipes/phi4_grpo.py --steps 300 --gpu-memory-gib 13.9 --max-completion-tokens 768    # 15 GB
     python recipes/phi4_grpo.py --dry-run                          # memory by part, tokens and seconds a step
 
 Card: from 15 GB; weights in 4 bits are 8.5 GiB of it (29 GB to download, in 16 bits). What to see: a model of fused
@@ -27,14 +27,11 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
-from grpo.answers import extract_lenient
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.memory import hold_memory, preflight
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_policy,
     encode_chat,
     load_policy,
@@ -44,14 +41,17 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import correctness, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
-from grpo.sandbox import Sandbox
+from grpo.tasks.answers import extract_lenient
+from grpo.tasks.data import check_disjoint, drop_long, fixed_sample, load_splits
+from grpo.tasks.rewards import correctness, score
+from grpo.tasks.sandbox import Sandbox
 from grpo_rollout.engine import Sampling
+from grpo_rollout.fit.memory import hold_memory, preflight
+from grpo_rollout.fit.plan import describe, make_plan
 from grpo_rollout.make import make_engine
-from grpo_rollout.plan import describe, make_plan
 
 SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
 
@@ -59,7 +59,7 @@ SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
 @dataclass
 class Args:
     model: str = "microsoft/phi-4"
-    """a hub name, a transformers folder (quantised or not), or a .gguf file"""
+    """a hub name, a transformers folder (quantized or not), or a .gguf file"""
     data: str = "math"
     """"math" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 300
@@ -72,7 +72,7 @@ class Args:
     """run directory to continue"""
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """what samples: vLLM on a GPU that has it, else PyTorch"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gib: float | None = None
     """GiB of the card that the whole process may use, as nvidia-smi shows it; by default all of it"""
     dry_run: bool = False
     """print the plan (memory by part, tokens and expected seconds a step) and stop"""
@@ -122,7 +122,7 @@ class Args:
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=Estimator)
 
 
-def one_box(completions: list[str], golds: list[str]) -> list[float]:
+def one_box(completions: list[str], ground_truths: list[str]) -> list[float]:
     """A reward of one's own: 1 for exactly one boxed answer, so that guessing in several does not pay."""
     return [float(text.count("\\boxed{") == 1) for text in completions]
 
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
-        gpu_memory_gb=args.gpu_memory_gb,
+        gpu_memory_gib=args.gpu_memory_gib,
         kv_cache_dtype=args.kv_cache_dtype,
         device=world.device,
     )
@@ -190,12 +190,12 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         sequences=plan.sequences,
-        gpu_memory_gb=plan.engine_gb,
+        gpu_memory_gib=plan.engine_gb,
         kv_cache_dtype=args.kv_cache_dtype,
         fused_nf4=args.fused_nf4,
     )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
-    hold_memory(args.gpu_memory_gb, world.device)
+    hold_memory(args.gpu_memory_gib, world.device)
     preflight(
         model,
         prompt_tokens=args.max_prompt_tokens,
@@ -213,12 +213,12 @@ def main(args: Args) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Greedy pass@1 on held-out questions: strict, as the reward reads it, and lenient."""
         mine = held_out[world.rank :: world.size]
-        prompts, golds = [encode(e.question) for e in mine], [e.gold for e in mine]
+        prompts, ground_truths = [encode(e.question) for e in mine], [e.ground_truth for e in mine]
         with run.phase("evaluate"):
             engine.sync(model)
             ids = [c.token_ids for c in engine.generate(prompts, 1, sampling._replace(temperature=0), seed=0)]
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            strict, lenient = correct(texts, golds), correct(texts, golds, extract=extract_lenient)
+            strict, lenient = correct(texts, ground_truths), correct(texts, ground_truths, extract=extract_lenient)
         run.save_completions(step, [tokenizer.decode(p) for p in prompts], texts, {"correct": strict}, split="eval")
         means = {"eval/pass_at_1": strict, "eval/pass_at_1_lenient": lenient, "eval/length": [len(t) for t in ids]}
         return all_means(means, world)
@@ -240,8 +240,8 @@ def main(args: Args) -> None:
         # --- score
         with run.phase("score"):
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            golds = [train[i].gold for i in indices for _ in range(args.group_size)]
-            scores = score(rewards, texts, golds)
+            ground_truths = [train[i].ground_truth for i in indices for _ in range(args.group_size)]
+            scores = score(rewards, texts, ground_truths)
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)

@@ -2,7 +2,7 @@
 
     python recipes/quickstart_grpo.py
 
-It needs no GPU and downloads nothing: the model is made here, once (grpo/tiny.py). It can add three-digit numbers if
+It needs no GPU and downloads nothing: the model is made here, once (grpo/tasks/tiny.py). It can add three-digit numbers if
 it works digit by digit between <think> and </think>, but mostly it answers at once, and wrongly. Only a right answer is
 rewarded. Held-out pass@1 rises from a quarter to 0.95 or more in 40 steps, and answers grow from 18 to 45 tokens.
 Departs from the DeepSeekMath paper (arXiv 2402.03300): LoRA on NF4 weights, the mean over all tokens of a step (DAPO)
@@ -18,11 +18,10 @@ import tyro
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_context,
     check_policy,
     check_prompt_lengths,
@@ -34,11 +33,12 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import correctness, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
-from grpo.tiny import Tiny, tiny_examples, tiny_model
+from grpo.tasks.data import check_disjoint
+from grpo.tasks.rewards import correctness, score
+from grpo.tasks.tiny import Tiny, tiny_examples, tiny_model
 from grpo_rollout.engine import Sampling
 from grpo_rollout.make import make_engine
 
@@ -99,9 +99,9 @@ class Args:
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=Estimator)
 
 
-def correct(completions: list[str], golds: list[str]) -> list[float]:
+def correct(completions: list[str], ground_truths: list[str]) -> list[float]:
     """1 if what stands between the answer tags is the sum, else 0."""
-    return correctness(completions, golds)
+    return correctness(completions, ground_truths)
 
 
 def main(args: Args) -> None:
@@ -155,7 +155,7 @@ def main(args: Args) -> None:
             engine.sync(model)
             completions = engine.generate([eval_prompts[i] for i in mine], 1, sampling, seed=world.rank)
             texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-            rewards = correct(texts, [held_out[i].gold for i in mine])
+            rewards = correct(texts, [held_out[i].ground_truth for i in mine])
         questions = [tokenizer.decode(eval_prompts[i]) for i in mine]
         run.save_completions(step, questions, texts, {"correct": rewards}, split="eval")
         means = all_means({"eval/pass_at_1": rewards, "eval/length": [len(c.token_ids) for c in completions]}, world)
@@ -182,8 +182,8 @@ def main(args: Args) -> None:
         # Score: a reward for each answer.
         with run.phase("score"):
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            golds = [train[i].gold for i in chosen for _ in range(args.group_size)]
-            scores = score({"correct": correct}, texts, golds)
+            ground_truths = [train[i].ground_truth for i in chosen for _ in range(args.group_size)]
+            scores = score({"correct": correct}, texts, ground_truths)
 
         # Advantage: how much better than its group's mean, in the group's standard deviations.
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)  # [prompts * group_size]

@@ -1,7 +1,7 @@
 """GRPO on Qwen2.5 1.5B, the smallest card: grade-school word problems (GSM8K), by Dr. GRPO.
 
     python recipes/qwen25_1_5b_grpo.py --steps 300                       # the whole card
-    python recipes/qwen25_1_5b_grpo.py --steps 300 --gpu-memory-gb 4.6   # a card of 5 GB: 256 + 512 tokens
+    python recipes/qwen25_1_5b_grpo.py --steps 300 --gpu-memory-gib 4.6   # a card of 5 GB: 256 + 512 tokens
     python recipes/qwen25_1_5b_grpo.py --dry-run                         # memory by part, tokens and seconds a step
 
 What to see: Dr. GRPO (arXiv 2503.20783) by two defaults, `Objective(loss="dr_grpo")` and `Estimator(scale="none")`:
@@ -24,14 +24,11 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
-from grpo.answers import extract_answer, extract_lenient, parse_number
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.memory import hold_memory, preflight
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_policy,
     encode_chat,
     load_policy,
@@ -41,13 +38,16 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import correctness, format_tags, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
+from grpo.tasks.answers import extract_answer, extract_lenient, parse_number
+from grpo.tasks.data import check_disjoint, drop_long, fixed_sample, load_splits
+from grpo.tasks.rewards import correctness, format_tags, score
 from grpo_rollout.engine import Sampling
+from grpo_rollout.fit.memory import hold_memory, preflight
+from grpo_rollout.fit.plan import describe, make_plan
 from grpo_rollout.make import make_engine
-from grpo_rollout.plan import describe, make_plan
 
 SYSTEM = """Think the problem through, then answer. Write exactly:
 <reasoning>
@@ -61,7 +61,7 @@ the number alone
 @dataclass
 class Args:
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """a hub name, a transformers folder (quantised or not), or a .gguf file"""
+    """a hub name, a transformers folder (quantized or not), or a .gguf file"""
     data: str = "gsm8k"
     """"gsm8k" from the hub, or a folder with train.jsonl and test.jsonl"""
     steps: int = 300
@@ -74,7 +74,7 @@ class Args:
     """run directory to continue"""
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """what samples: vLLM on a GPU that has it, else PyTorch"""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gib: float | None = None
     """GiB of the card that the whole process may use, as nvidia-smi shows it; by default all of it"""
     dry_run: bool = False
     """print the plan (memory by part, tokens and expected seconds a step) and stop"""
@@ -126,7 +126,7 @@ class Args:
     estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Estimator(scale="none"))
 
 
-def says_a_number(completions: list[str], golds: list[str]) -> list[float]:
+def says_a_number(completions: list[str], ground_truths: list[str]) -> list[float]:
     """A reward of one's own: 1 where the answer is a number at all, right or wrong."""
     answers = [extract_answer(text) for text in completions]
     return [float(a is not None and parse_number(a) is not None) for a in answers]
@@ -154,7 +154,7 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
-        gpu_memory_gb=args.gpu_memory_gb,
+        gpu_memory_gib=args.gpu_memory_gib,
         kv_cache_dtype=args.kv_cache_dtype,
         device=world.device,
     )
@@ -195,12 +195,12 @@ def main(args: Args) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
         sequences=plan.sequences,
-        gpu_memory_gb=plan.engine_gb,
+        gpu_memory_gib=plan.engine_gb,
         kv_cache_dtype=args.kv_cache_dtype,
         fused_nf4=args.fused_nf4,
     )
     sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
-    hold_memory(args.gpu_memory_gb, world.device)
+    hold_memory(args.gpu_memory_gib, world.device)
     preflight(
         model,
         prompt_tokens=args.max_prompt_tokens,
@@ -218,12 +218,15 @@ def main(args: Args) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Greedy pass@1 on held-out questions: strict, as the reward reads it, and lenient."""
         mine = held_out[world.rank :: world.size]
-        prompts, golds = [encode(e.question) for e in mine], [e.gold for e in mine]
+        prompts, ground_truths = [encode(e.question) for e in mine], [e.ground_truth for e in mine]
         with run.phase("evaluate"):
             engine.sync(model)
             ids = [c.token_ids for c in engine.generate(prompts, 1, sampling._replace(temperature=0), seed=0)]
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            strict, lenient = correctness(texts, golds), correctness(texts, golds, extract=extract_lenient)
+            strict, lenient = (
+                correctness(texts, ground_truths),
+                correctness(texts, ground_truths, extract=extract_lenient),
+            )
         run.save_completions(step, [tokenizer.decode(p) for p in prompts], texts, {"correct": strict}, split="eval")
         means = {"eval/pass_at_1": strict, "eval/pass_at_1_lenient": lenient, "eval/length": [len(t) for t in ids]}
         return all_means(means, world)
@@ -245,8 +248,8 @@ def main(args: Args) -> None:
         # --- score
         with run.phase("score"):
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            golds = [train[i].gold for i in indices for _ in range(args.group_size)]
-            scores = score(REWARDS, texts, golds)
+            ground_truths = [train[i].ground_truth for i in indices for _ in range(args.group_size)]
+            scores = score(REWARDS, texts, ground_truths)
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)

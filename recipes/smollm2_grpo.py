@@ -20,13 +20,11 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.advantages import Estimator, check_estimator, counted_samples, estimate_advantages, zero_variance_groups
-from grpo.answers import extract_lenient, last_number
 from grpo.batch import micro_batches, step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import check_disjoint, drop_long, fixed_sample, load_splits
 from grpo.distributed import all_means, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps, step_entropy_threshold
-from grpo.models import (
+from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import (
     check_context,
     check_policy,
     encode_chat,
@@ -37,10 +35,12 @@ from grpo.models import (
     stop_ids,
     trainable_parameters,
 )
-from grpo.objective import Objective, check_objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.rewards import correctness, score
-from grpo.run import command_line, start_run
+from grpo.runs.cli import check_args, user_errors
+from grpo.runs.run import command_line, start_run
 from grpo.sampler import prompt_indices
+from grpo.tasks.answers import extract_lenient, last_number
+from grpo.tasks.data import check_disjoint, drop_long, fixed_sample, load_splits
+from grpo.tasks.rewards import correctness, score
 from grpo_rollout.engine import Sampling
 from grpo_rollout.make import make_engine
 
@@ -115,9 +115,9 @@ def messages(question: str, data: str) -> list[dict[str, str]]:
     ]
 
 
-def correct(completions: list[str], golds: list[str]) -> list[float]:
-    """1 if the last number said is the gold answer: a number said earlier does not count, nor does listing them all."""
-    return correctness(completions, golds, extract=last_number)
+def correct(completions: list[str], ground_truths: list[str]) -> list[float]:
+    """1 if the last number said is the ground_truth answer: a number said earlier does not count, nor does listing them all."""
+    return correctness(completions, ground_truths, extract=last_number)
 
 
 def main(args: Args) -> None:
@@ -144,7 +144,7 @@ def main(args: Args) -> None:
     check_disjoint(train, held_out)
     prompts = [encode(e.question) for e in train]
     eval_prompts = [encode(e.question) for e in held_out][world.rank :: world.size]
-    eval_golds = [e.gold for e in held_out][world.rank :: world.size]
+    eval_ground_truths = [e.ground_truth for e in held_out][world.rank :: world.size]
     sampling = Sampling(temperature=args.temperature, max_tokens=max_tokens)
 
     # --- policy, engine, optimizer
@@ -180,8 +180,8 @@ def main(args: Args) -> None:
             engine.sync(model)
             completions = engine.generate(eval_prompts, 1, sampling._replace(temperature=0), seed=0)
             texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-            strict = correct(texts, eval_golds)
-            lenient = correctness(texts, eval_golds, extract=extract_lenient)
+            strict = correct(texts, eval_ground_truths)
+            lenient = correctness(texts, eval_ground_truths, extract=extract_lenient)
         questions = [tokenizer.decode(p) for p in eval_prompts]
         run.save_completions(step, questions, texts, {"correct": strict}, split="eval")
         lengths = [len(c.token_ids) for c in completions]
@@ -209,8 +209,8 @@ def main(args: Args) -> None:
         # --- score
         with run.phase("score"):
             texts = [tokenizer.decode(t, skip_special_tokens=True) for t in ids]
-            golds = [train[i].gold for i in indices for _ in range(args.group_size)]
-            scores = score({"correct": correct}, texts, golds)
+            ground_truths = [train[i].ground_truth for i in indices for _ in range(args.group_size)]
+            scores = score({"correct": correct}, texts, ground_truths)
 
         # --- advantage: each answer against its group
         advantages = estimate_advantages(args.estimator, scores, args.group_size, world=world)  # [prompts * group_size]

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from grpo.distributed import World
-from grpo.run import Run, start_run
+from grpo.runs.run import Run, start_run
 
 
 @dataclass
@@ -125,7 +125,7 @@ def recipe(directory: list[str]) -> None:
     """quickstart_grpo.py on a random model that lies beside the run, with a reward that such a model can get."""
     import quickstart_grpo
 
-    quickstart_grpo.correct = lambda completions, golds: [float(len(c) % 2) for c in completions]
+    quickstart_grpo.correct = lambda completions, ground_truths: [float(len(c) % 2) for c in completions]
     flags = {
         "model": Path(directory[1]).with_name("model"), "steps": 40, "save-every": 2, "eval-every": 5,
         "eval-questions": 2, "prompts-per-step": 2, "group-size": 2, "max-completion-tokens": 6, "lora-rank": 2,

@@ -14,7 +14,7 @@ from grpo.advantages import (
     group_advantages,
     zero_variance_groups,
 )
-from grpo.rewards import Scores, score
+from grpo.tasks.rewards import Scores, score
 
 NAN = float("nan")
 rewards_lists = st.lists(st.one_of(st.none(), st.floats(-10, 10, width=16)), min_size=12, max_size=12)  # 3 groups of 4

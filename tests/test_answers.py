@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.answers import (
+from grpo.tasks.answers import (
     MAX_ANSWER,
     after_reasoning,
     equal,
@@ -121,7 +121,7 @@ def test_every_spelling_of_a_decimal_is_that_decimal(scaled, places):
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold", "expected"),
+    ("answer", "ground_truth", "expected"),
     [
         ("18", "18", True),
         ("18.0", "18", True),
@@ -149,8 +149,8 @@ def test_every_spelling_of_a_decimal_is_that_decimal(scaled, places):
         ("x" * (MAX_ANSWER + 1), "x" * (MAX_ANSWER + 1), False),
     ],
 )
-def test_equal(answer, gold, expected):
-    assert equal(answer, gold) is expected
+def test_equal(answer, ground_truth, expected):
+    assert equal(answer, ground_truth) is expected
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from grpo import checkpoint as module
-from grpo.checkpoint import (
+from grpo.runs import checkpoint as module
+from grpo.runs.checkpoint import (
     best_checkpoint,
     join_tensors,
     list_checkpoints,

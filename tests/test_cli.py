@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from grpo.batch import step_counts
-from grpo.cli import check_args, user_errors
-from grpo.data import load_examples
+from grpo.runs.cli import check_args, user_errors
+from grpo.tasks.data import load_examples
 
 
 @dataclass

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from grpo_kernels.policy_terms import triton
+from grpo.losses import triton
 
 pytestmark = [
     pytest.mark.skipif(triton is None, reason="no Triton"),
@@ -20,9 +20,11 @@ import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grpo_kernels import linear_logprob, nf4_dequantise, nf4_few_rows, nf4_linear, nf4_prepare, nf4_scaled
-from grpo_kernels import policy_terms, rope, swiglu, token_logprob
-from grpo_kernels.nf4_tiles import choose_tiles
+from grpo_kernels import linear_logprob, rope, swiglu, token_logprob
+from grpo_kernels.nf4 import dequantize as nf4_dequantize, few_rows as nf4_few_rows, linear as nf4_linear
+from grpo_kernels.nf4 import prologue as nf4_prepare, scaled as nf4_scaled
+from grpo import losses as policy_terms
+from grpo_kernels.nf4.tiles import choose_tiles
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -155,7 +157,7 @@ for made, gated, (rank, height, shared) in itertools.product(("bf16", "fp16", No
     assert compiled.metadata.shared <= 48 * 1024, rank  # several programs a multiprocessor
 pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")
-compile(nf4_dequantise._dequantise_kernel, known, 4, NESTED=True, BLOCKS=32)
+compile(nf4_dequantize._dequantize_kernel, known, 4, NESTED=True, BLOCKS=32)
 """
 
 

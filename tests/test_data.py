@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from grpo.data import (
+from grpo.tasks.data import (
     Example,
     arithmetic_examples,
     by_hash,
@@ -25,7 +25,8 @@ from grpo.data import (
 )
 
 ROWS = [
-    {"question": f"How many is {i}?", "answer": f"It is {i}.\n#### {i}", "n": {"gold": [i, -i]}} for i in range(1, 6)
+    {"question": f"How many is {i}?", "answer": f"It is {i}.\n#### {i}", "n": {"ground_truth": [i, -i]}}
+    for i in range(1, 6)
 ]
 EXAMPLES = [Example(f"How many is {i}?", str(i)) for i in range(1, 6)]
 
@@ -54,7 +55,7 @@ def test_local_file(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_nested_fields_and_field_names(tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}", ROWS)
-    assert [e.gold for e in load_examples(path, answer="n.gold.1")] == ["-1", "-2", "-3", "-4", "-5"]
+    assert [e.ground_truth for e in load_examples(path, answer="n.ground_truth.1")] == ["-1", "-2", "-3", "-4", "-5"]
     dotted = write(tmp_path / f"dotted{suffix}", [{"a.b": "Why?", "c": 1.5}])
     assert load_examples(dotted, question="a.b", answer="c") == [Example("Why?", "1.5")]
 
@@ -74,7 +75,7 @@ def test_gold_is_the_final_answer(tmp_path):
         {"question": "b", "answer": r"so $\boxed{\frac{1}{2}}$"},
         {"question": "c", "answer": 34},
     ]
-    assert [e.gold for e in load_examples(write(tmp_path / "x.jsonl", rows))] == ["1,000", r"\frac{1}{2}", "34"]
+    assert [e.ground_truth for e in load_examples(write(tmp_path / "x.jsonl", rows))] == ["1,000", r"\frac{1}{2}", "34"]
 
 
 def test_repeated_questions_are_dropped_and_said(tmp_path, caplog):
@@ -242,7 +243,7 @@ def test_arithmetic_golds_are_right_and_distinct():
     for operations in "+", "-", "*", "/", "+-*/":
         examples = arithmetic_examples(60, digits=2, operations=operations)
         assert len({e.question for e in examples}) == 60
-        assert all(value(e.question) == int(e.gold) for e in examples)
+        assert all(value(e.question) == int(e.ground_truth) for e in examples)
     assert arithmetic_examples(50)[0].question.startswith("What is ")
 
 
@@ -303,7 +304,7 @@ def test_countdown_puzzles_are_solvable():
         examples = countdown_examples(count, numbers=numbers)
         assert len({e.question for e in examples}) == count
         for example in examples:
-            target, given = example.gold.split(": ")
+            target, given = example.ground_truth.split(": ")
             values = [Fraction(n) for n in given.split()]
             assert len(values) == numbers
             assert all(1 <= v <= 99 for v in values)
@@ -319,7 +320,7 @@ def test_countdown_splits():
     assert countdown_examples(200, numbers=3, seed=1) != train
 
     def key(example):
-        target, given = example.gold.split(": ")
+        target, given = example.ground_truth.split(": ")
         return target, tuple(sorted(given.split()))
 
     assert not set(map(key, train)) & set(map(key, test))
@@ -356,7 +357,7 @@ def test_splits_of_a_folder_and_of_a_single_file(tmp_path, caplog):
     shuffled = write(tmp_path / "two.jsonl", rows[::-1])
     assert {*load_splits(shuffled)[1]} == {*test}  # by the question, wherever it stands
     with pytest.raises(ValueError, match=r"--data .*: 2 questions are too few.*train\.jsonl and test\.jsonl"):
-        load_splits(write(tmp_path / "few.jsonl", [e._asdict() | {"answer": e.gold} for e in train[:2]]))
+        load_splits(write(tmp_path / "few.jsonl", [e._asdict() | {"answer": e.ground_truth} for e in train[:2]]))
 
 
 def test_a_file_called_as_a_known_set_is_not_taken_for_it(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from grpo.batch import micro_batches, step_counts
 from grpo.distributed import World, all_sum, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
 from grpo.objective import Objective, entropy_threshold, policy_loss
-from grpo.rewards import Scores
+from grpo.tasks.rewards import Scores
 
 PROMPTS = [[1, 9], [1, 10, 11], [1, 12], [1, 13, 14, 15], [1, 20], [1, 21]]
 COMPLETIONS = [[20, 2], [30, 31, 32, 2], [40], [41, 42, 2], [50, 51, 52], [53, 2]]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 from conftest import write_byte_model
 
-from grpo.data import Example, load_splits
-from grpo.evaluate import Args, evaluate, main, majority, mean_and_error, pass_at_k, summarize
+from grpo.tasks.data import Example, load_splits
+from grpo_rollout.programs.evaluate import Args, evaluate, main, majority, mean_and_error, pass_at_k, summarize
 
 
 class Completion(NamedTuple):
@@ -152,16 +152,16 @@ def test_records_say_what_was_answered(tmp_path):
     assert seen[-1][2] == result.metrics["pass_at_1"]
     kinds = set()
     for i, line in enumerate(lines):
-        assert (line["index"], line["question"], line["gold"]) == (i, *EXAMPLES[i])
+        assert (line["index"], line["question"], line["ground_truth"]) == (i, *EXAMPLES[i])
         for text, answer, lenient, right, lenient_right, tokens, truncated in zip(
             *(line[k] for k in ("completions", "answers", "lenient_answers", "correct", "lenient_correct")),
             line["tokens"],
             line["truncated"],
         ):
             kinds.add((text[:2], right, lenient_right))
-            gold = int(EXAMPLES[i].gold)
+            ground_truth = int(EXAMPLES[i].ground_truth)
             said = re.search(r"\d+", text)
-            assert lenient_right == (said is not None and int(said.group()) == gold)
+            assert lenient_right == (said is not None and int(said.group()) == ground_truth)
             assert right == (lenient_right and text.startswith("<answer>"))
             assert (answer is not None) == text.startswith("<answer>")
             assert (lenient is None) == truncated == (said is None)
@@ -218,7 +218,7 @@ def test_another_prompt_or_another_gold_is_another_evaluation(tmp_path):
     with pytest.raises(ValueError, match="made with prompts"):
         evaluate(FakeEngine(), Sampling(), lambda q: encode("Please: " + q), decode, EXAMPLES, **options)
     with pytest.raises(ValueError, match="made with examples"):
-        evaluate(FakeEngine(), Sampling(), encode, decode, [e._replace(gold="1") for e in EXAMPLES], **options)
+        evaluate(FakeEngine(), Sampling(), encode, decode, [e._replace(ground_truth="1") for e in EXAMPLES], **options)
 
 
 def test_seeds_differ_between_batches_and_seeds():
@@ -284,9 +284,9 @@ def test_another_adapter_in_the_same_place_or_another_engine_is_another_evaluati
     import dataclasses
 
     import grpo_rollout.make
-    from grpo.checkpoint import save_adapter
-    from grpo.models import load_policy
-    from grpo_rollout.torch_engine import TorchEngine
+    from grpo.policy.models import load_policy
+    from grpo.runs.checkpoint import save_adapter
+    from grpo_rollout.torch.engine import TorchEngine
 
     args = dataclasses.replace(args, adapter=str(tmp_path / "adapter"))
     policy = load_policy(args.model, lora_rank=1, load_in_4bit=False)
@@ -333,11 +333,11 @@ def test_another_model_in_the_same_place_is_another_evaluation(args, tmp_path):
 
 
 def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
-    """As its recipe does: an expression is right; the gold repeated, or its target alone, is not, to either reading."""
+    """As its recipe does: an expression is right; the ground_truth repeated, or its target alone, is not, to either reading."""
     import dataclasses
 
     import grpo_rollout.make
-    from grpo.models import load_tokenizer
+    from grpo.policy.models import load_tokenizer
 
     said = [
         "<think>40 / 8 is 5, but 64...</think> <answer>40 * 2 * 4 / 64 = 5</answer>",
@@ -359,7 +359,7 @@ def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_rollout.make, "make_engine", lambda *_, **__: Player())
     result = main(dataclasses.replace(args, model=str(model), data="countdown", limit=1, samples=4))
     (line,) = result.records
-    assert line["gold"] == "5: 40 4 64 2"
+    assert line["ground_truth"] == "5: 40 4 64 2"
     assert line["completions"] == said
     assert line["correct"] == line["lenient_correct"] == [True, False, False, False]
     assert line["lenient_answers"] == line["answers"] == ["40 * 2 * 4 / 64 = 5", "5: 40 4 64 2", "5", None]

@@ -10,11 +10,19 @@ from run_driver import RECIPE, Args
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import export as module
-from grpo.checkpoint import save_adapter
-from grpo.export import Behaviour, Difference, difference, export, find_adapter, sample_prompts, weight_changes
-from grpo.models import load_policy
-from grpo.run import start_run
+from grpo.policy.models import load_policy
+from grpo.runs.checkpoint import save_adapter
+from grpo.runs.run import start_run
+from grpo_rollout.programs import export as module
+from grpo_rollout.programs.export import (
+    Behaviour,
+    Difference,
+    difference,
+    export,
+    find_adapter,
+    sample_prompts,
+    weight_changes,
+)
 
 PROMPTS = ["<s> user w9 w10 <end> assistant", "<s> user w20 <end> assistant"]
 
@@ -69,13 +77,13 @@ def test_merged_into_the_bases_own_weights(run, model_folder, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-def test_merged_into_dequantised_weights_is_the_policy_as_trained(run, tmp_path):
-    found = merged(run, tmp_path / "out", weights="dequantised")
+def test_merged_into_dequantized_weights_is_the_policy_as_trained(run, tmp_path):
+    found = merged(run, tmp_path / "out", weights="dequantized")
     for comparison in found.values():
         assert comparison.equal == comparison.prompts
         assert comparison.largest < 1e-3
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
-    assert "dequantised NF4 weights, float32" in (tmp_path / "out/README.md").read_text()
+    assert "dequantized NF4 weights, float32" in (tmp_path / "out/README.md").read_text()
 
 
 def test_sixteen_bits_by_default(run, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_shared_weights import linear4bit
 
-from grpo_rollout import fused_nf4 as nf4
-from grpo_rollout.shared_weights import share
-from grpo_rollout.vllm_engine import VLLMEngine
+from grpo_rollout.vllm import fused_nf4 as nf4
+from grpo_rollout.vllm.engine import VLLMEngine
+from grpo_rollout.vllm.shared_weights import share
 
 ROWS = (1, 16, 32)
 
@@ -108,7 +108,7 @@ def test_a_failure_at_one_count_of_rows_is_found_and_named(weights, failure, nam
         return y
 
     reason = nf4.disagreement(product, nf4.plain, weights, ROWS, torch.float32)
-    assert reason.startswith("32 rows by a weight [192, 256] with doubly quantised scales: ")
+    assert reason.startswith("32 rows by a weight [192, 256] with doubly quantized scales: ")
     assert named in reason
     assert nf4.disagreement(product, nf4.plain, weights, (1, 16), torch.float32) is None
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from grpo.models import load_policy
-from grpo_rollout.generate import Args, main, without_adapter
+from grpo.policy.models import load_policy
 from grpo_rollout.make import make_engine
+from grpo_rollout.programs.generate import Args, main, without_adapter
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_engine_names(model_folder):
     with pytest.raises(ValueError, match="--engine vllm"):
         make_engine("vllm", model, eos_ids=[2], pad_id=0)  # not installed, or no lengths
     lengths = {"max_prompt_tokens": 8, "max_completion_tokens": 8}
-    settings = {"sequences": 4, "gpu_memory_gb": 15.0, "kv_cache_dtype": "fp8"}  # VLLMEngine's
+    settings = {"sequences": 4, "gpu_memory_gib": 15.0, "kv_cache_dtype": "fp8"}  # VLLMEngine's
     for kind in ("auto", "torch"):
         engine = make_engine(kind, model, eos_ids=[2], pad_id=0, **lengths, **settings)
         assert type(engine).__name__ == "TorchEngine"  # on the CPU

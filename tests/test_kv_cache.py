@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from grpo_rollout import kv_cache
 from grpo_rollout.engine import Sampling
-from grpo_rollout.kv_cache import DECODING, decode_attention, decoding, growing_cache
-from grpo_rollout.torch_engine import TorchEngine
+from grpo_rollout.torch import kv_cache
+from grpo_rollout.torch.engine import TorchEngine
+from grpo_rollout.torch.kv_cache import DECODING, decode_attention, decoding, growing_cache
 
 
 @settings(max_examples=60)

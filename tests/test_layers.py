@@ -12,11 +12,11 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit
 from test_lora import IDS, in_bf16, moved, relative_error, run
 
-import grpo.layers
-import grpo.lora
-from grpo.layers import MLPS, NORMS, fuse_layers
-from grpo.lora import handed_out
-from grpo.models import load_policy
+import grpo.policy.layers
+import grpo.policy.lora
+from grpo.policy.layers import MLPS, NORMS, fuse_layers
+from grpo.policy.lora import handed_out
+from grpo.policy.models import load_policy
 
 LAYERS = {"llama": 7, "qwen2": 7, "mistral": 7, "phi3": 4}
 
@@ -57,7 +57,7 @@ def test_no_other_model_sees_it(model_folder):
             return x
 
     with pytest.raises(ValueError, match=r"Other.forward calls no apply_rotary_pos_emb .* pass fused=False"):
-        grpo.layers._with_rope(Other)
+        grpo.policy.layers._with_rope(Other)
 
 
 def test_a_model_that_is_dropped_is_gone(model_folder):
@@ -82,11 +82,11 @@ def test_each_part_is_in_use(model_folder, monkeypatch, part):
     expected = run(policy)[0]
     fuse_layers(policy)
     if part == "norms":
-        monkeypatch.setattr(grpo.layers.F, "rms_norm", lambda x, *_: x)
+        monkeypatch.setattr(grpo.policy.layers.F, "rms_norm", lambda x, *_: x)
     elif part == "rope":
-        monkeypatch.setattr(grpo.layers, "rope", lambda q, k, *_: (q, k))
+        monkeypatch.setattr(grpo.policy.layers, "rope", lambda q, k, *_: (q, k))
     else:
-        monkeypatch.setattr(grpo.layers, "swiglu", lambda gate, up: gate * up)
+        monkeypatch.setattr(grpo.policy.layers, "swiglu", lambda gate, up: gate * up)
     assert relative_error(run(policy)[0], expected) > 0.1
 
 
@@ -147,7 +147,7 @@ def test_gate_and_up_of_two_types(model_folder):
 def counted(monkeypatch):
     """How many products each autograd function made in the forward passes to come."""
     counts = []
-    for owner, name in ((grpo.layers._GatedMLP, "mlp"), (grpo.lora._LoraLinears, "linears")):
+    for owner, name in ((grpo.policy.layers._GatedMLP, "mlp"), (grpo.policy.lora._LoraLinears, "linears")):
         real = owner.forward
 
         def forward(ctx, x, layers, *rest, real=real, name=name):

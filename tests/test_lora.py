@@ -10,12 +10,12 @@ from conftest import write_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
-import grpo.lora
-from grpo.layers import fuse_layers
-from grpo.lora import fuse_adapters
-from grpo.models import load_policy, reference_policy, trainable_parameters
+import grpo.policy.lora
+from grpo.policy.layers import fuse_layers
+from grpo.policy.lora import fuse_adapters
+from grpo.policy.models import load_policy, reference_policy, trainable_parameters
 from grpo_rollout.engine import Sampling
-from grpo_rollout.torch_engine import TorchEngine
+from grpo_rollout.torch.engine import TorchEngine
 
 IDS = torch.tensor([[1, 9, 10, 11, 30, 12], [1, 20, 21, 22, 23, 2]])
 
@@ -153,9 +153,9 @@ def test_few_rows_without_gradient(model_folder, monkeypatch):
     """What a decoding step on a GPU takes, by its torch reference here."""
 
     def read_once(x, layers, **_):
-        return [grpo.lora._read_once(x.flatten(0, 1), layer).unflatten(0, x.shape[:2]) for layer in layers]
+        return [grpo.policy.lora._read_once(x.flatten(0, 1), layer).unflatten(0, x.shape[:2]) for layer in layers]
 
-    monkeypatch.setattr(grpo.lora, "lora_products", read_once)
+    monkeypatch.setattr(grpo.policy.lora, "lora_products", read_once)
     for architecture in ("llama", "qwen2"):
         policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12, fused=False))
         with torch.no_grad():
@@ -191,21 +191,23 @@ def test_decoding_is_what_inference_mode_says(model_folder, monkeypatch):
     """Where the kernel applies it decodes, and nothing else: a check of the sampler by no_grad must not go its way."""
     ways = []
     for name in ("_read_once", "products"):
-        real = getattr(grpo.lora, name)
-        monkeypatch.setattr(grpo.lora, name, lambda *a, name=name, real=real, **k: ways.append(name) or real(*a, **k))
+        real = getattr(grpo.policy.lora, name)
+        monkeypatch.setattr(
+            grpo.policy.lora, name, lambda *a, name=name, real=real, **k: ways.append(name) or real(*a, **k)
+        )
     policy = moved(load_policy(model_folder(), lora_rank=4))
     with torch.no_grad():
         expected = policy(input_ids=IDS).logits
         assert set(ways) == {"products"}
-    for backend, way in (("fused", {"_read_once"}), ("dequantise", set())):
+    for backend, way in (("fused", {"_read_once"}), ("dequantize", set())):
         ways.clear()
-        monkeypatch.setattr(grpo.lora, "choose_backend", lambda *a, backend=backend: backend)
+        monkeypatch.setattr(grpo.policy.lora, "choose_backend", lambda *a, backend=backend: backend)
         with torch.inference_mode():
             torch.testing.assert_close(policy(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
         assert set(ways) == way
 
 
-def test_the_torch_engines_dequantised_copy(model_folder):
+def test_the_torch_engines_dequantized_copy(model_folder):
     """The engine's dense twin of the policy has other base layers, which PEFT's forward takes."""
     policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
     tokens = []

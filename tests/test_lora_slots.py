@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from grpo_rollout.lora_slots import Adapter, Slot, adapters, copy_adapter, plan, slices, stale
+from grpo_rollout.vllm.lora_slots import Adapter, Slot, adapters, copy_adapter, plan, slices, stale
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from grpo.logprobs import last_hidden
-from grpo.memory import GIB, dims, hold_memory, kept_bytes, policy_size, preflight, training_bytes
-from grpo.models import check_policy, load_policy, target_modules
+from grpo.policy.models import check_policy, load_policy, target_modules
+from grpo_rollout.fit.memory import GIB, dims, hold_memory, kept_bytes, policy_size, preflight, training_bytes
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256,
@@ -123,7 +123,7 @@ def test_preflight_runs_the_largest_micro_batch_and_names_the_flags(policy, monk
         seen.append((tuple(batch.ids.shape), tuple(batch.mask.shape), batch.prompt_lengths.tolist()))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("grpo.memory.completion_logps", full)
+    monkeypatch.setattr("grpo_rollout.fit.memory.completion_logps", full)
     with pytest.raises(ValueError, match=r"3 x \(5 \+ 7\) tokens does not fit.*--micro-batch-tokens"):
         preflight(policy, prompt_tokens=5, completion_tokens=7, micro_batch_tokens=40)
     with pytest.raises(ValueError, match=r"1 x \(50 \+ 7\)"):  # one sequence at least
@@ -143,5 +143,5 @@ def test_held_memory_leaves_room_for_what_pytorch_does_not_see(monkeypatch):
     assert card["fraction"] is None
     hold_memory(30, device)
     assert card["fraction"] == pytest.approx((25 - 1 / 8) / 80)  # with 5 for the others, and what comes later, 30
-    with pytest.raises(ValueError, match=r"--gpu-memory-gb 4: 20.0 GiB of the card are in use"):
+    with pytest.raises(ValueError, match=r"--gpu-memory-gib 4: 20.0 GiB of the card are in use"):
         hold_memory(4, device)

@@ -9,8 +9,7 @@ from conftest import ARCHITECTURES, write_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from grpo.checkpoint import save_adapter
-from grpo.models import (
+from grpo.policy.models import (
     check_policy,
     check_prompt_lengths,
     encode_chat,
@@ -22,6 +21,7 @@ from grpo.models import (
     target_modules,
     trainable_parameters,
 )
+from grpo.runs.checkpoint import save_adapter
 
 CHAT = [{"role": "user", "content": "w9 w10"}]
 IDS = torch.tensor([[1, 9, 10, 11]])
@@ -38,7 +38,7 @@ def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, ar
     attention = {"qkv_proj", "o_proj"} if fused else {"q_proj", "k_proj", "v_proj", "o_proj"}
     mlp = {"gate_up_proj", "down_proj"} if fused else {"gate_proj", "up_proj", "down_proj"}
     assert linears == attention | mlp
-    assert base.lm_head.weight.dtype == torch.float32  # the head is neither quantised nor adapted
+    assert base.lm_head.weight.dtype == torch.float32  # the head is neither quantized nor adapted
     trainable = trainable_parameters(policy)
     assert len(trainable) == 2 * 2 * len(linears)  # A and B, two layers
     assert {p.dtype for p in trainable} == {torch.float32}

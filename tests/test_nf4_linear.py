@@ -8,21 +8,21 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from grpo_kernels import nf4_linear as nf4
-from grpo_kernels.nf4_dequantise import NestedAbsmax, absmax_of, expand_absmax
-from grpo_kernels.nf4_few_rows import block_ptx
-from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
-from grpo_kernels.nf4_lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
-from grpo_kernels.nf4_prepare import COUNTERS, SHRINK_BLOCK, Lora, _shrink_splits, lora_fits, new_counters
-from grpo_kernels.nf4_scaled import scaled_lookup_ptx
-from grpo_kernels.nf4_tiles import Tiles, choose_tiles
+from grpo_kernels.nf4 import linear as nf4
+from grpo_kernels.nf4.dequantize import NestedAbsmax, absmax_of, expand_absmax
+from grpo_kernels.nf4.few_rows import block_ptx
+from grpo_kernels.nf4.linear import nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4.lookup import NF4, TABLE_SCALE, lookup_constants, lookup_ptx
+from grpo_kernels.nf4.prologue import COUNTERS, SHRINK_BLOCK, Lora, _shrink_splits, lora_fits, new_counters
+from grpo_kernels.nf4.scaled import scaled_lookup_ptx
+from grpo_kernels.nf4.tiles import Tiles, choose_tiles
 from grpo_kernels.swiglu import swiglu
 
 # The interpreter's conversion to bfloat16 truncates, so kernels are checked in float16 here, in bfloat16 on a GPU.
 
 
 def problem(n, k, rows, dtype=torch.float16, *, nested=True, device="cpu", seed=0):
-    """(x, packed, absmax, state) of a Gaussian weight quantised by bitsandbytes."""
+    """(x, packed, absmax, state) of a Gaussian weight quantized by bitsandbytes."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(n, k, device=device, generator=generator) * 0.05
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
@@ -60,7 +60,7 @@ def bitsandbytes_weight(packed, state, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_reference_decodes_as_bitsandbytes(nested, dtype):
     _, packed, absmax, state = problem(70, 192, 1, nested=nested)
-    actual = nf4.nf4_dequantise_reference(packed, absmax, (70, 192), dtype)
+    actual = nf4.nf4_dequantize_reference(packed, absmax, (70, 192), dtype)
     expected = bitsandbytes_weight(packed, state, dtype)
     if nested:  # one float32 rounding of the scale apart
         torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -71,12 +71,12 @@ def test_reference_decodes_as_bitsandbytes(nested, dtype):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_dequantise_kernel_is_the_reference(nested, dtype):
+def test_dequantize_kernel_is_the_reference(nested, dtype):
     _, packed, absmax, _ = problem(37, 320, 1, nested=nested)
-    expected = nf4.nf4_dequantise_reference(packed, absmax, (37, 320), dtype)
+    expected = nf4.nf4_dequantize_reference(packed, absmax, (37, 320), dtype)
     for rows, columns in ((slice(None), slice(None)), (slice(5, 30), slice(None)), (slice(None), slice(64, 256))):
         out = torch.full(expected[rows, columns].shape, float("nan"), dtype=dtype)
-        assert nf4.nf4_dequantise(packed, absmax, (37, 320), dtype, rows=rows, columns=columns, out=out) is out
+        assert nf4.nf4_dequantize(packed, absmax, (37, 320), dtype, rows=rows, columns=columns, out=out) is out
         torch.testing.assert_close(out, expected[rows, columns], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
         assert (out == expected[rows, columns]).float().mean() >= (0.95 if nested else 1)
 
@@ -233,7 +233,7 @@ def test_product_with_a(multiprocessors, splits, given, monkeypatch):
     assert not given or not lora.counters.any()
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 @pytest.mark.parametrize(
     ("rank", "ends", "fits"),
     [(16, (64, 128, 200), True), (80, (200,), False), (8, (60, 200), False), (8, (64, 128, 192, 200), False)],
@@ -254,7 +254,7 @@ def test_any_adapter(rank, ends, fits, backend):
     assert nf4_linear(x[:0], packed, absmax, (200, 256), lora=lora, backend=backend).shape == (0, 200)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 @pytest.mark.parametrize("rank", [None, 16, 80])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
@@ -278,7 +278,7 @@ def test_gate_and_up_side_by_side(backend, rank, scaled, monkeypatch):
         assert torch.equal(actual.view(18, 200), plain)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 @pytest.mark.parametrize(("n", "rows", "rank", "ends"), [
     (200, 6, None, ()), (200, 6, 16, (100, 200)), (208, 16, 8, (208,)), (224, 9, 48, (112, 224)),
     (208, 6, 16, (64, 208)), (224, 6, 80, (112, 224)), (192, 40, 16, (96, 192)),
@@ -382,7 +382,7 @@ def test_poison_works():
         assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 def test_any_strides_and_leading_axes(backend):
     x, packed, absmax, _ = problem(40, 256, 12)
     expected = nf4_linear_reference(x.double(), packed, absmax, (40, 256))
@@ -397,10 +397,10 @@ def test_any_strides_and_leading_axes(backend):
     assert nf4_linear(x[0], packed, absmax, (40, 256), backend=backend).shape == (40,)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 def test_gradient(backend, monkeypatch):
     monkeypatch.setattr(nf4, "CHUNK_BYTES", 1)  # the smallest chunks: 256 rows, 256 columns
-    n, k = (260, 512) if backend != "dequantise" else (260, 320)  # 320: a last chunk of 64 columns
+    n, k = (260, 512) if backend != "dequantize" else (260, 320)  # 320: a last chunk of 64 columns
     x, packed, absmax, _ = problem(n, k, 9)
     bias = torch.randn(n).half()
     upstream = torch.randn(9, n).half()
@@ -550,10 +550,10 @@ def mma(d, registers, a, b, c, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_table_rounds_better_than_dequantising(dtype):
+def test_table_rounds_better_than_dequantizing(dtype):
     """The table's error, weighted as the codes of Gaussian weights, is half of that of rounding products."""
     _, packed, absmax, state = problem(256, 1024, 1, nested=False)
-    exact = nf4.nf4_dequantise_reference(packed, absmax, (256, 1024), torch.float64)
+    exact = nf4.nf4_dequantize_reference(packed, absmax, (256, 1024), torch.float64)
     scale = TABLE_SCALE[dtype]
     table = (torch.tensor(NF4, dtype=torch.float64) * scale).to(dtype).double() / scale
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1).view(-1, 64).int()
@@ -565,7 +565,7 @@ def test_table_rounds_better_than_dequantising(dtype):
 def test_scales():
     _, _, absmax, state = problem(70, 192, 1)
     assert isinstance(absmax, NestedAbsmax)
-    assert absmax.quantised.data_ptr() == state.absmax.data_ptr()
+    assert absmax.quantized.data_ptr() == state.absmax.data_ptr()
     from bitsandbytes.functional import dequantize_blockwise
 
     expected = dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -593,7 +593,7 @@ def test_tiles_cover_the_sum():
         (lambda a: a | {"x": a["x"].double()}, "x is torch.float64"),
         (lambda a: a | {"packed": a["packed"][:-1]}, "packed is"),
         (lambda a: a | {"packed": a["packed"].view(torch.int8)}, "packed is"),
-        (lambda a: a | {"absmax": a["absmax"].quantised}, "absmax is"),
+        (lambda a: a | {"absmax": a["absmax"].quantized}, "absmax is"),
         (lambda a: a | {"absmax": torch.ones(3)}, "absmax is"),
         (lambda a: a | {"absmax": a["absmax"]._replace(offset=torch.zeros(2))}, r"\[1\] second-level .* \[2\] offsets"),
         (lambda a: a | {"absmax": a["absmax"]._replace(absmax=torch.zeros(3))}, r"\[3\] second-level"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from grpo.advantages import Estimator
 from grpo.distributed import World
+from grpo.losses import LOSSES
 from grpo.objective import (
     AVERAGES,
     Objective,
@@ -26,7 +27,6 @@ from grpo.objective import (
     policy_loss,
     rows_with_gradient,
 )
-from grpo_kernels.policy_terms import LOSSES
 
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
 MAX_LENGTH = 11

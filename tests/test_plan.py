@@ -8,9 +8,9 @@ from conftest import ROOT, load_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.memory import GIB
-from grpo.models import target_modules
-from grpo_rollout.plan import describe, make_plan
+from grpo.policy.models import target_modules
+from grpo_rollout.fit.memory import GIB
+from grpo_rollout.fit.plan import describe, make_plan
 
 BIG = load_recipe(ROOT / "benchmarks" / "random_model.py").SHAPES
 MODULES = {name: target_modules(config, "all-linear") for name, config in BIG.items()}
@@ -36,7 +36,7 @@ def plan(name, **changes):
 )
 def test_the_cards_that_the_recipes_promise(name, completion_tokens, changes, limit):
     """limit: in units of 1e9 bytes, the smaller reading of a card's GB."""
-    made = plan(name, max_completion_tokens=completion_tokens, gpu_memory_gb=limit * 1e9 / GIB, **changes)
+    made = plan(name, max_completion_tokens=completion_tokens, gpu_memory_gib=limit * 1e9 / GIB, **changes)
     assert made.peak <= limit * 1e9
     assert made.micro_batch_tokens >= 256 + completion_tokens
     if completion_tokens <= 1024:
@@ -55,7 +55,7 @@ def test_the_page_of_a_recipe_shows_its_plan(shapes):
         sequences=args.prompts_per_step * args.group_size,
         max_prompt_tokens=args.max_prompt_tokens,
         max_completion_tokens=args.max_completion_tokens,
-        gpu_memory_gb=float(gib),
+        gpu_memory_gib=float(gib),
     )
     assert describe(made) in page
 
@@ -71,12 +71,12 @@ def test_parts_by_hand():
     for sequences, seconds in ((8, 1.26), (64, 2.04), (256, 4.04)):
         made = plan("llama31_8b", max_completion_tokens=256, sequences=sequences)
         assert made.generate_seconds == pytest.approx(seconds, rel=0.1)
-    made = plan("llama31_8b", max_completion_tokens=256, gpu_memory_gb=76)
+    made = plan("llama31_8b", max_completion_tokens=256, gpu_memory_gib=76)
     assert (made.kept_layers, made.train_seconds) == (32, pytest.approx(0.28, rel=0.15))
-    made = plan("llama31_8b", gpu_memory_gb=10e9 / GIB)
+    made = plan("llama31_8b", gpu_memory_gib=10e9 / GIB)
     assert (made.generate_seconds, made.train_seconds) == (pytest.approx(4.3, rel=0.1), pytest.approx(0.87, rel=0.15))
     # A small model waits for the host.
-    made = plan("qwen25_1_5b", max_completion_tokens=512, gpu_memory_gb=5e9 / GIB)
+    made = plan("qwen25_1_5b", max_completion_tokens=512, gpu_memory_gib=5e9 / GIB)
     assert (made.generate_seconds, made.train_seconds) == (pytest.approx(2.2, rel=0.1), pytest.approx(0.46, rel=0.4))
 
 
@@ -92,7 +92,7 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
     try:
         made = plan(
             name,
-            gpu_memory_gb=gigabytes,
+            gpu_memory_gib=gigabytes,
             sequences=sequences,
             max_completion_tokens=completion_tokens,
             micro_batch_tokens=micro_batch_tokens,
@@ -100,7 +100,7 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
     except ValueError as error:
         flags = (
             "--max-completion-tokens",
-            "max_position_embeddings" if "made for" in str(error) else "--gpu-memory-gb",
+            "max_position_embeddings" if "made for" in str(error) else "--gpu-memory-gib",
         )
         if not all(flag in str(error) for flag in flags):
             raise
@@ -114,17 +114,17 @@ def test_a_plan_fits_or_says_which_flags_help(name, gigabytes, sequences, comple
 
 def test_layers_inputs_go_to_the_host_where_they_must_or_where_it_pays():
     long = {"max_completion_tokens": 20_224, "sequences": 1}
-    limits = [plan("llama31_8b", gpu_memory_gb=g, **long).offload for g in (24, 20, 16)]
+    limits = [plan("llama31_8b", gpu_memory_gib=g, **long).offload for g in (24, 20, 16)]
     assert limits == [False, False, True]
-    with pytest.raises(ValueError, match=r"needs .* GiB \(CUDA context .* weights, 4 bit 3.35.*raise --gpu-memory-gb"):
-        plan("llama31_8b", gpu_memory_gb=11, kv_cache_dtype="fp8", **long)
+    with pytest.raises(ValueError, match=r"needs .* GiB \(CUDA context .* weights, 4 bit 3.35.*raise --gpu-memory-gib"):
+        plan("llama31_8b", gpu_memory_gib=11, kv_cache_dtype="fp8", **long)
     # One micro-batch of 8192 tokens rather than two of 4096, for which the card would wait for the host.
-    short = [plan("llama31_8b", gpu_memory_gb=g, max_completion_tokens=768, sequences=8) for g in (8.7, 9.31, 12)]
+    short = [plan("llama31_8b", gpu_memory_gib=g, max_completion_tokens=768, sequences=8) for g in (8.7, 9.31, 12)]
     assert [(made.micro_batch_tokens, made.offload) for made in short] == [(5120, True), (8192, True), (4096, False)]
 
 
 def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
-    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (11, 10, 8.5)]
+    plans = [plan("llama31_8b", gpu_memory_gib=g, sequences=32) for g in (11, 10, 8.5)]
     assert plans[0].micro_batch_tokens > plans[1].micro_batch_tokens > plans[2].micro_batch_tokens == 1024 * 4
     assert plans[0].sequences > plans[1].sequences > plans[2].sequences
 
@@ -132,7 +132,7 @@ def test_less_memory_means_smaller_micro_batches_then_fewer_sequences():
 def test_what_memory_is_left_keeps_layers_from_being_computed_twice():
     """One limit more is one layer more, never at the price of the limit, of a micro-batch of 4096 tokens, or of layers
     whose activations are not counted."""
-    plans = [plan("llama31_8b", gpu_memory_gb=g, sequences=32) for g in (11, 13, 16, 24, 32, 76)]
+    plans = [plan("llama31_8b", gpu_memory_gib=g, sequences=32) for g in (11, 13, 16, 24, 32, 76)]
     kept = [made.kept_layers for made in plans]
     assert kept[0] == 0 < kept[1] < kept[2] < kept[-1] == 32
     for made in plans[1:-1]:
@@ -147,20 +147,20 @@ def test_what_memory_is_left_keeps_layers_from_being_computed_twice():
     other.model_type = "another"
     assert make_plan(
         other, MODULES["llama31_8b"], lora_rank=16, sequences=32, max_prompt_tokens=256, max_completion_tokens=768,
-        gpu_memory_gb=76,
+        gpu_memory_gib=76,
     ).kept_layers == 0  # fmt: skip
 
 
 def test_refusals_name_the_flag():
     for value in (-1, 0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"--gpu-memory-gb {value:g} must be above 0"):
-            plan("qwen25_1_5b", gpu_memory_gb=value)
+        with pytest.raises(ValueError, match=f"--gpu-memory-gib {value:g} must be above 0"):
+            plan("qwen25_1_5b", gpu_memory_gib=value)
     with pytest.raises(ValueError, match=r"--max-completion-tokens 16384 are more than the 16384 tokens"):
         plan("phi4", max_completion_tokens=16_384)
 
 
 def test_description_shows_every_part_and_the_sums():
-    made = plan("qwen25_1_5b", gpu_memory_gb=4.5)
+    made = plan("qwen25_1_5b", gpu_memory_gib=4.5)
     text = describe(made)
     for part in (*made.resident, *made.generate, *made.train):
         assert part in text

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from grpo_kernels.policy_terms import LOSSES, Loss, clip_range, policy_terms, triton
+from grpo.losses import LOSSES, Loss, clip_range, policy_terms, triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,7 +164,7 @@ def test_unknown_names():
 def test_works_without_triton():
     code = """
 import sys; sys.modules["triton"] = None
-import torch; from grpo_kernels.policy_terms import policy_terms
+import torch; from grpo.losses import policy_terms
 x = torch.zeros(1, 2)
 print(policy_terms(x, x, torch.ones(1), torch.ones(1, 2)).policy.tolist())
 """

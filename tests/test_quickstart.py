@@ -9,9 +9,9 @@ import tyro
 from conftest import load_recipe
 from transformers import AutoTokenizer
 
-from grpo.cli import user_errors
-from grpo.run import command_line, strip_times
-from grpo.tiny import Tiny, tiny_model
+from grpo.runs.cli import user_errors
+from grpo.runs.run import command_line, strip_times
+from grpo.tasks.tiny import Tiny, tiny_model
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart_grpo.py"
 SMALL = "--prompts-per-step 2 --group-size 4 --max-completion-tokens 8 --eval-questions 5 --eval-every 1 --save-every 1"
@@ -55,7 +55,7 @@ def adapter(directory: Path) -> bytes:
 def some_digits(recipe, monkeypatch):
     """A reward that also a model which cannot add gets: the share of digits among its characters."""
     monkeypatch.setattr(
-        recipe, "correct", lambda texts, golds: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
+        recipe, "correct", lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
     )
 
 
@@ -157,7 +157,9 @@ def test_a_model_without_chat_template(quickstart, folder, tmp_path, capsys):
 
 
 def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [1.0] * 5)  # as many as held-out questions, not samples
+    monkeypatch.setattr(
+        recipe, "correct", lambda texts, ground_truths: [1.0] * 5
+    )  # as many as held-out questions, not samples
     with pytest.raises(SystemExit):
         quickstart(tmp_path / "a", *SMALL.split(), "--steps", 1)
     assert "returned 5 rewards for 8" in capsys.readouterr().err

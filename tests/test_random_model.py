@@ -1,13 +1,13 @@
-"""The benchmarks' random checkpoints: what loads is what a quantised checkpoint of that architecture is."""
+"""The benchmarks' random checkpoints: what loads is what a quantized checkpoint of that architecture is."""
 
 import pytest
 import torch
 from conftest import ROOT, load_recipe
 
 from grpo.logprobs import causal_lm
-from grpo.models import check_policy, encode_chat, load_policy, load_tokenizer, stop_ids
+from grpo.policy.models import check_policy, encode_chat, load_policy, load_tokenizer, stop_ids
 from grpo_rollout.engine import Sampling
-from grpo_rollout.torch_engine import TorchEngine
+from grpo_rollout.torch.engine import TorchEngine
 
 random_model = load_recipe(ROOT / "benchmarks" / "random_model.py")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,

@@ -18,10 +18,10 @@ import grpo_kernels.linear_logprob as head
 from grpo.batch import MicroBatch, micro_batches
 from grpo.distributed import World, sum_gradients
 from grpo.logprobs import completion_logps
-from grpo.models import load_policy, reference_policy, trainable_parameters
+from grpo.losses import policy_terms, triton
 from grpo.objective import Objective, merge_metrics, policy_loss, rows_with_gradient
+from grpo.policy.models import load_policy, reference_policy, trainable_parameters
 from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
-from grpo_kernels.policy_terms import policy_terms, triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,12 +11,12 @@ import torch
 from conftest import load_recipe, write_byte_model
 from safetensors.torch import load_file
 
-from grpo.run import read_metrics, read_run
+from grpo.runs.run import read_metrics, read_run
 
 ROOT = Path(__file__).parent.parent
 MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
 TAGGED = [f"<reasoning>so</reasoning><answer>{n}</answer>" for n in range(200)]
-BOXED = [f"{n} times so \\boxed{{{gold}}}" for n in range(30) for gold in MATH]
+BOXED = [f"{n} times so \\boxed{{{ground_truth}}}" for n in range(30) for ground_truth in MATH]
 THOUGHT = [f"let me check {n}</think><answer>1+2</answer>" for n in range(200)]
 
 
@@ -87,14 +87,14 @@ def test_a_recipe_runs_and_its_page_explains_what_it_logs(name, data, tmp_path):
 def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsys):
     recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
     model = str(write_byte_model(tmp_path / "model", RECIPES[name].architecture, []))
-    recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gb=15, dry_run=True))
+    recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gib=15, dry_run=True))
     printed = capsys.readouterr().out
     assert "limit 15.00" in printed
     defaults = recipe.Args()
     tokens = defaults.prompts_per_step * defaults.group_size * (256 + defaults.max_completion_tokens)
     assert f"{tokens:,} tokens a step at most" in printed
-    with pytest.raises(ValueError, match="raise --gpu-memory-gb"):
-        recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gb=0.5))
+    with pytest.raises(ValueError, match="raise --gpu-memory-gib"):
+        recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gib=0.5))
     assert not (tmp_path / "run").exists()
 
 
@@ -113,14 +113,14 @@ def test_the_samplers_flags_reach_the_engine(name, data, tmp_path):
 
     recipe.make_engine = make_engine
     flags = {"run_dir": tmp_path / "run", "engine": "torch", "kv_cache_dtype": "fp8", "fused_nf4": False}
-    flags |= {"max_prompt_tokens": 900, "max_completion_tokens": 200, "gpu_memory_gb": 15}
+    flags |= {"max_prompt_tokens": 900, "max_completion_tokens": 200, "gpu_memory_gib": 15}
     flags |= {"data": str(data / RECIPES[name].data)} if RECIPES[name].data else {"train_puzzles": 30}
     with pytest.raises(Seen):
         recipe.main(recipe.Args(model=model, **flags))
     names = ("max_prompt_tokens", "max_completion_tokens", "kv_cache_dtype", "fused_nf4")
     assert handed["kind"] == "torch"
     assert {n: handed[n] for n in names} == {n: flags[n] for n in names}
-    assert 0 < handed["gpu_memory_gb"] < 15  # the limit, less what the optimizer will take
+    assert 0 < handed["gpu_memory_gib"] < 15  # the limit, less what the optimizer will take
 
 
 def test_self_checks_are_looked_for_in_the_reasoning_alone():

@@ -10,12 +10,12 @@ from conftest import write_model
 from test_lora import in_bf16, moved
 from torch.utils.checkpoint import checkpoint
 
-import grpo.lora
-import grpo.recompute
+import grpo.policy.lora
+import grpo.policy.recompute
 from grpo.batch import micro_batches
 from grpo.logprobs import causal_lm, completion_logps, last_hidden
-from grpo.models import load_policy, trainable_parameters
-from grpo.recompute import LAYERS, HostInputs, Recompute
+from grpo.policy.models import load_policy, trainable_parameters
+from grpo.policy.recompute import LAYERS, HostInputs, Recompute
 
 IDS = torch.tensor([[1, 9, 10, 11, 30, 12], [1, 20, 21, 22, 23, 2]])
 
@@ -66,10 +66,12 @@ def test_gradients_are_bit_for_bit_those_of_torchs_checkpoint(model_folder, arch
 
 
 def test_the_last_product_is_not_made_twice(model_folder, monkeypatch):
-    """Llama's seven products a layer: weights dequantised in the first pass, the second, and the backward pass."""
+    """Llama's seven products a layer: weights dequantized in the first pass, the second, and the backward pass."""
     sizes = []
-    weight = grpo.lora._weight
-    monkeypatch.setattr(grpo.lora, "_weight", lambda base, dtype: sizes.append(base.in_features) or weight(base, dtype))
+    weight = grpo.policy.lora._weight
+    monkeypatch.setattr(
+        grpo.policy.lora, "_weight", lambda base, dtype: sizes.append(base.in_features) or weight(base, dtype)
+    )
     policy = load(model_folder())
     gradients(policy)
     assert len(sizes) == 2 * (7 + 6 + 7)
@@ -112,7 +114,7 @@ def test_which_layers_are_ours(model_folder):
 
 
 def test_without_gradient_nothing_is_kept(model_folder, monkeypatch):
-    monkeypatch.setattr(grpo.recompute._Recomputed, "apply", lambda *_: 1 / 0)
+    monkeypatch.setattr(grpo.policy.recompute._Recomputed, "apply", lambda *_: 1 / 0)
     policy = load(model_folder())
     with torch.no_grad():
         last_hidden(policy, IDS, use_cache=False, offload=True)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from run_driver import RECIPE, Args, train
 
-from grpo.report import write_report
-from grpo.run import start_run
+from grpo.runs.report import write_report
+from grpo.runs.run import start_run
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> 7 < 8 & 9"
 
@@ -64,7 +64,7 @@ def test_a_report_without_data_yet(tmp_path):
 
 
 def test_only_panels_with_data_are_drawn():
-    from grpo.report import _figure
+    from grpo.runs.report import _figure
 
     lines = [{"step": 1, "reward": 1.0, "kl": None, "clip_low": 0.1, "clip_high": 0.2, "times": {}}]
     axes = [axis for axis in _figure(lines, "title").axes if axis.axison]

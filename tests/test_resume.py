@@ -10,7 +10,7 @@ import pytest
 from conftest import write_model
 from run_driver import Args, train
 
-from grpo.run import read_metrics, strip_times
+from grpo.runs.run import read_metrics, strip_times
 
 
 def outcome(directory: Path) -> tuple[list[dict], bytes, dict[str, bytes]]:
@@ -114,7 +114,7 @@ def test_a_finished_run_resumed_changes_nothing_and_can_be_extended(uninterrupte
 
 
 def test_restore_must_not_be_forgotten(tmp_path):
-    from grpo.run import start_run
+    from grpo.runs.run import start_run
 
     train(Args(run_dir=tmp_path / "run"))
     run = start_run(Args(resume=tmp_path / "run"), recipe=Path(__file__).with_name("run_driver.py"))

@@ -14,9 +14,9 @@ from conftest import FUZZ_EXAMPLES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from grpo.data import countdown_examples, load_examples
 from grpo.distributed import World, all_means
-from grpo.rewards import (
+from grpo.tasks.data import countdown_examples, load_examples
+from grpo.tasks.rewards import (
     RewardTimeout,
     brevity,
     call_within,
@@ -32,7 +32,7 @@ from grpo.rewards import (
     score,
     spelling,
 )
-from grpo.sandbox import Sandbox
+from grpo.tasks.sandbox import Sandbox
 
 GSM8K = Path(os.environ.get("GRPO_GSM8K_DIR", Path(__file__).parents[1] / "../shared/data/gsm8k"))
 
@@ -51,7 +51,7 @@ def sandbox():
 
 QUESTION = "Janet's ducks lay 16 eggs; she eats 3 and bakes with 4. At $2 each, is what she makes 18 dollars?"
 HACKS = {
-    # what the completion tries: (completion, correctness, format_tags, graded_tags), for the gold 18
+    # what the completion tries: (completion, correctness, format_tags, graded_tags), for the ground_truth 18
     "an honest answer": (wrapped("9 * 2 = 18", "18"), 1, 1, 1),
     "an honest answer in prose": ("The answer is 18.", 0, 0, 0),
     "a wrong answer": (wrapped("9 * 2 = 19", "19"), 0, 1, 1),
@@ -73,7 +73,7 @@ HACKS = {
     "both signs": (wrapped("a", r"\pm 18"), 0, 1, 1),
     "the question quoted": (QUESTION, 0, 0, 0),
     "the question quoted as the answer": (wrapped("a", QUESTION), 0, 1, 1),
-    "the gold in the reasoning only": (wrapped("It is 18.", "17"), 0, 1, 1),
+    "the ground_truth in the reasoning only": (wrapped("It is 18.", "17"), 0, 1, 1),
     "tags inside the reasoning": ("<reasoning>a <answer>18</answer> b</reasoning>", 0, 0, 0.25),
     "tags inside the reasoning, then others": (wrapped("<answer>18</answer>", "17"), 0, 0, 0.5),
     "a thought answer": (r"<think>\boxed{18}</think> so it is 17", 0, 0, 0),
@@ -96,7 +96,7 @@ HACKS = {
     "a power behind": (wrapped("a", "18\u00b2"), 0, 1, 1),
     "a mixed-script number": (wrapped("a", "1\u0668"), 0, 1, 1),
     "invisible characters": (wrapped("a", "1\u200b8"), 1, 1, 1),
-    "an equation of anything to the gold": (wrapped("a", "1=18"), 0, 1, 1),
+    "an equation of anything to the ground_truth": (wrapped("a", "1=18"), 0, 1, 1),
     "an expression left to the reader": (wrapped("a", "(16-3-4)*2"), 0, 1, 1),
     "code": (wrapped("a", "__import__('os').system('echo 18')"), 0, 1, 1),
     "a tower of powers": (wrapped("a", "10^10^10"), 0, 1, 1),
@@ -155,27 +155,27 @@ def test_countdown_hack(expression):
 
 
 def test_countdown_is_exact():
-    gold = "24: 3 3 8 8"
-    assert countdown([r"\boxed{8/(3-8/3)}"], [gold]) == [1.0]  # 24 only in exact arithmetic
-    assert countdown(["<answer>8 ÷ (3 − 8 ÷ 3)</answer>"], [gold]) == [1.0]
-    assert countdown(["<answer>(3 × 3) × 8 ÷ 8</answer>"], [gold]) == [0.0]
+    ground_truth = "24: 3 3 8 8"
+    assert countdown([r"\boxed{8/(3-8/3)}"], [ground_truth]) == [1.0]  # 24 only in exact arithmetic
+    assert countdown(["<answer>8 ÷ (3 − 8 ÷ 3)</answer>"], [ground_truth]) == [1.0]
+    assert countdown(["<answer>(3 × 3) × 8 ÷ 8</answer>"], [ground_truth]) == [0.0]
 
 
 def test_countdown_examples_are_scored_by_their_own_gold():
     example = countdown_examples(1, numbers=2)[0]
-    target, numbers = example.gold.split(": ")
+    target, numbers = example.ground_truth.split(": ")
     a, b = map(int, numbers.split())
-    results = {f"{x}{o}{y}": countdown([f"<answer>{x}{o}{y}</answer>"], [example.gold])[0]
+    results = {f"{x}{o}{y}": countdown([f"<answer>{x}{o}{y}</answer>"], [example.ground_truth])[0]
                for x, y in ((a, b), (b, a)) for o in "+-*/"}  # fmt: skip
     assert 1.0 in results.values()
-    assert countdown([f"<answer>{target}</answer>"], [example.gold]) == [0.0]
+    assert countdown([f"<answer>{target}</answer>"], [example.ground_truth]) == [0.0]
 
 
 # --------------------------------------------------------------------------------------------- shipped rewards
 
 
 def test_gsm8k_golds_score_1_and_wrong_numbers_0():
-    """Every gold solution of the test set in the answer format; and by math-verify, each gold equals itself."""
+    """Every ground_truth solution of the test set in the answer format; and by math-verify, each ground_truth equals itself."""
     if not (GSM8K / "test.jsonl").exists():
         pytest.skip(f"no {GSM8K / 'test.jsonl'}: point GRPO_GSM8K_DIR to a folder with GSM8K's test.jsonl")
     check_gsm8k(GSM8K / "test.jsonl", 1319)
@@ -189,12 +189,17 @@ def check_gsm8k(path, count):
     import json
 
     solutions = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    golds = [e.gold for e in load_examples(str(path))]
-    assert len(golds) == len(solutions) == count
+    ground_truths = [e.ground_truth for e in load_examples(str(path))]
+    assert len(ground_truths) == len(solutions) == count
     right = [wrapped(s.rsplit("####")[0], s.rsplit("####")[1]) for s in solutions]
     # Wrong in the way that is nearest: next to it, negative, a digit more, and hidden under the right reasoning.
-    values = [int(g.replace(",", "")) for g in golds]
-    assert correctness(right, golds) == format_tags(right, golds) == numeric(right, golds) == [1.0] * count
+    values = [int(g.replace(",", "")) for g in ground_truths]
+    assert (
+        correctness(right, ground_truths)
+        == format_tags(right, ground_truths)
+        == numeric(right, ground_truths)
+        == [1.0] * count
+    )
     for wrong in (
         [v + 1 for v in values],
         [v - 1 for v in values],
@@ -202,19 +207,31 @@ def check_gsm8k(path, count):
         [f"{v}1" for v in values],
     ):
         completions = [wrapped(s, str(w)) for s, w in zip(solutions, wrong)]
-        assert correctness(completions, golds) == [0.0] * count
+        assert correctness(completions, ground_truths) == [0.0] * count
 
 
 def test_agreement_with_math_verify():
-    """The cheap comparison decides as math-verify does, on the golds of GSM8K's form and on spellings of numbers."""
-    from grpo.answers import equal
-    from grpo.symbolic import symbolic_equal
+    """The cheap comparison decides as math-verify does, on the ground_truths of GSM8K's form and on spellings of numbers."""
+    from grpo.tasks.answers import equal
+    from grpo.tasks.symbolic import symbolic_equal
 
-    golds = [e.gold for e in load_examples(str(Path(__file__).parent / "data" / "gsm8k_form.jsonl"))]
-    numbers = ["0.5", r"\frac{1}{2}", "-3", "1,000", "1000", "50\\%", r"\frac{50}{100}", "2.50", "3/4", "0.75", *golds]
+    ground_truths = [e.ground_truth for e in load_examples(str(Path(__file__).parent / "data" / "gsm8k_form.jsonl"))]
+    numbers = [
+        "0.5",
+        r"\frac{1}{2}",
+        "-3",
+        "1,000",
+        "1000",
+        "50\\%",
+        r"\frac{50}{100}",
+        "2.50",
+        "3/4",
+        "0.75",
+        *ground_truths,
+    ]
     for answer in numbers:
-        for gold in numbers:
-            assert equal(answer, gold) == symbolic_equal(answer, gold), (answer, gold)
+        for ground_truth in numbers:
+            assert equal(answer, ground_truth) == symbolic_equal(answer, ground_truth), (answer, ground_truth)
 
 
 def test_symbolic_correctness(sandbox):
@@ -289,7 +306,7 @@ def test_spelling():
 # ------------------------------------------------------------------------------------------------------- score
 
 
-def lengths_of(completions, golds):
+def lengths_of(completions, ground_truths):
     return [float(len(c)) for c in completions]
 
 
@@ -297,7 +314,7 @@ def test_weights_and_columns():
     def shorter_than_question(outputs, answers, questions):  # any names for the first two
         return [float(len(o) < len(q)) for o, q in zip(outputs, questions)]
 
-    def everything(completions, golds, **columns):
+    def everything(completions, ground_truths, **columns):
         assert sorted(columns) == ["lengths", "questions"]
         return columns["lengths"]
 
@@ -316,7 +333,7 @@ def test_weights_and_columns():
 def test_one_call_a_batch_when_nothing_fails():
     calls = []
 
-    def counted(completions, golds):
+    def counted(completions, ground_truths):
         calls.append(len(completions))
         return [0.0] * len(completions)
 
@@ -325,7 +342,7 @@ def test_one_call_a_batch_when_nothing_fails():
 
 
 def fails_on_bad(how):
-    def reward(completions, golds):
+    def reward(completions, ground_truths):
         values = []
         for c in completions:
             if c == "bad":
@@ -370,7 +387,7 @@ def test_a_failing_sample_is_lost_alone_and_recorded(how):
     assert scores.by_function["fine"] == [1, 2, 3, 3]
     assert scores.total == [2, 4, None, 6]
     (failure,) = scores.failures
-    assert (failure.function, failure.sample, failure.completion, failure.gold) == ("r", 2, "bad", "c")
+    assert (failure.function, failure.sample, failure.completion, failure.ground_truth) == ("r", 2, "bad", "c")
     if how in ("hang", "sleep", "stubborn", "except", "regex"):
         assert failure.error == "RewardTimeout: took more than 0.3 s"
     assert "Traceback" in failure.traceback or how == "error"
@@ -415,7 +432,7 @@ def test_wrong_count_is_an_error_that_names_function_and_counts(returned, messag
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="3 completions but 2 golds"):
+    with pytest.raises(ValueError, match="3 completions but 2 ground_truths"):
         score({"r": lengths_of}, ["x"] * 3, [""] * 2)
     with pytest.raises(ValueError, match="3 completions but 1 questions"):
         score({"r": lengths_of}, ["x"] * 3, [""] * 3, questions=["q"])
@@ -480,14 +497,14 @@ RECIPE = '''
 """A recipe: its main part must not run in the workers."""
 import time
 
-def reward(completions, golds, questions):
+def reward(completions, ground_truths, questions):
     if completions == ["hang"]:
         10**10**10
     if completions == ["raise"]:
         raise KeyError("mine")
     return [len(completions[0]) + len(questions[0])]
 
-def two(completions, golds):
+def two(completions, ground_truths):
     return [1.0, 2.0]
 
 if __name__ == "__main__":
@@ -519,8 +536,8 @@ def test_isolated_takes_top_level_functions_only(sandbox):
         isolated(functools.partial(spelling_of_cat), sandbox)
 
 
-def spelling_of_cat(completions, golds):
-    return spelling(completions, golds, words=["cat"])
+def spelling_of_cat(completions, ground_truths):
+    return spelling(completions, ground_truths, words=["cat"])
 
 
 # ------------------------------------------------------------------------------------------------------ hostile
@@ -579,10 +596,10 @@ EVERY_REWARD = {
 
 
 @settings(max_examples=FUZZ_EXAMPLES or 300, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(text=HOSTILE, gold=st.sampled_from(["18", "-3", "1,000", "50%", "0.5"]))
-def test_fuzz_every_reward(text, gold):
+@given(text=HOSTILE, ground_truth=st.sampled_from(["18", "-3", "1,000", "50%", "0.5"]))
+def test_fuzz_every_reward(text, ground_truth):
     """300 hostile strings, or GRPO_FUZZ_EXAMPLES: no reward raises, takes longer than its limit or leaves its range."""
-    scores = score(EVERY_REWARD, [text], [gold], lengths=[len(text)], timeout_s=1.0, max_failed_share=1.0)
+    scores = score(EVERY_REWARD, [text], [ground_truth], lengths=[len(text)], timeout_s=1.0, max_failed_share=1.0)
     assert scores.failures == []
     for name, (value,) in scores.by_function.items():
         low, high = (-1, 0) if name in ("overlong", "spelling") else (0, 1)

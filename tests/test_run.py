@@ -20,8 +20,8 @@ from run_driver import RECIPE, Args, parts, train
 from safetensors.torch import load_file
 
 from grpo.distributed import init_distributed
-from grpo.run import command_line, fingerprint, last_values, read_metrics, read_run, start_run, strip_times
-from grpo.watch import View, alarms, format_line
+from grpo.runs.run import command_line, fingerprint, last_values, read_metrics, read_run, start_run, strip_times
+from grpo.runs.watch import View, alarms, format_line
 
 
 def start(directory: Path, **options):
@@ -387,15 +387,15 @@ def test_a_full_disk_while_logging_says_how_to_go_on(tmp_path):
 
 
 def test_a_full_disk_while_saving_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    import grpo.checkpoint
-    from grpo.checkpoint import save_file
+    import grpo.runs.checkpoint
+    from grpo.runs.checkpoint import save_file
 
     def full_at_step_four(tensors, path, **kwargs):
         if "000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(grpo.checkpoint, "save_file", full_at_step_four)
+    monkeypatch.setattr(grpo.runs.checkpoint, "save_file", full_at_step_four)
     train(Args(run_dir=tmp_path / "run", steps=5))
     assert "not written: checkpoint of step 4" in capsys.readouterr().out
     names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
@@ -648,7 +648,7 @@ def test_a_tracker_that_cannot_begin_leaves_the_directory_s_name_free(tmp_path, 
     def refuse(*_, **__):
         raise RuntimeError("no API key")
 
-    monkeypatch.setattr("grpo.run.open_tracker", refuse)
+    monkeypatch.setattr("grpo.runs.run.open_tracker", refuse)
     with pytest.raises(RuntimeError, match="no API key"):
         start(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

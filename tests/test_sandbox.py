@@ -10,8 +10,8 @@ from conftest import FUZZ_EXAMPLES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from grpo.answers import MAX_ANSWER
-from grpo.sandbox import Sandbox
+from grpo.tasks.answers import MAX_ANSWER
+from grpo.tasks.sandbox import Sandbox
 
 BEHAVIOURS = """
 import os, sys, time
@@ -109,11 +109,11 @@ def test_one_pool_serves_several_functions_and_closes(sandbox, behave):
     with Sandbox(2) as pool:
         for _ in range(2):
             assert pool.map(behave, [["return", 5]])[0].value == 5
-            assert pool.map("grpo.answers:last_number", [["7 8"], ["9"]])[0].value == "8"
+            assert pool.map("grpo.tasks.answers:last_number", [["7 8"], ["9"]])[0].value == "8"
         processes = [w.process for workers in pool._pools.values() for w in workers]
     assert len(processes) == 4
     assert all(p.poll() is not None for p in processes)
-    assert pool.map("grpo.answers:last_number", []) == []
+    assert pool.map("grpo.tasks.answers:last_number", []) == []
 
 
 def test_function_that_cannot_be_loaded(behave):
@@ -174,7 +174,7 @@ def test_settings_must_be_positive(wrong):
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold", "expected"),
+    ("answer", "ground_truth", "expected"),
     [
         (r"2\sqrt{3}", r"\sqrt{12}", True),
         (r"x^2+2x+1", r"(x+1)^2", True),
@@ -186,7 +186,7 @@ def test_settings_must_be_positive(wrong):
         ("2^{10}", "1024", True),
         (r"2\sqrt{2}", r"\sqrt{12}", False),
         ("x^2+2x+2", "(x+1)^2", False),
-        # several answers at once, and equations of anything to the gold
+        # several answers at once, and equations of anything to the ground_truth
         (r"17\text{ or }18", "18", False),
         (r"18\text{ (or 17)}", "18", False),
         (r"\{17,18\}", "18", False),
@@ -218,14 +218,14 @@ def test_settings_must_be_positive(wrong):
         ("C, A, B", "A, B, C", False),
     ],
 )
-def test_symbolic_equality(patient_sandbox, answer, gold, expected):
-    outcome = patient_sandbox.map("grpo.symbolic:symbolic_equal", [[answer, gold]])[0]
+def test_symbolic_equality(patient_sandbox, answer, ground_truth, expected):
+    outcome = patient_sandbox.map("grpo.tasks.symbolic:symbolic_equal", [[answer, ground_truth]])[0]
     assert outcome.error == ""
     assert outcome.value is expected
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold"),
+    ("answer", "ground_truth"),
     [
         ("10^10^10", "18"),
         ("10^{10^{10}}", "18"),
@@ -237,8 +237,8 @@ def test_symbolic_equality(patient_sandbox, answer, gold, expected):
         ("__import__('os').system('true')", "18"),
     ],
 )
-def test_what_takes_too_much_is_not_equal(strict_sandbox, answer, gold):
-    assert strict_sandbox.map("grpo.symbolic:symbolic_equal", [[answer, gold]])[0].value is not True
+def test_what_takes_too_much_is_not_equal(strict_sandbox, answer, ground_truth):
+    assert strict_sandbox.map("grpo.tasks.symbolic:symbolic_equal", [[answer, ground_truth]])[0].value is not True
 
 
 @pytest.fixture(scope="module")
@@ -319,12 +319,15 @@ def strict_sandbox():
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-@given(texts=st.lists(hostile_text(), min_size=25, max_size=25), gold=st.sampled_from(["18", r"\sqrt{12}", "x^2+1"]))
-def test_fuzz_symbolic_checks_in_workers(strict_sandbox, texts, gold):
+@given(
+    texts=st.lists(hostile_text(), min_size=25, max_size=25),
+    ground_truth=st.sampled_from(["18", r"\sqrt{12}", "x^2+1"]),
+)
+def test_fuzz_symbolic_checks_in_workers(strict_sandbox, texts, ground_truth):
     """75 strings in batches of 25; with GRPO_FUZZ_EXAMPLES=10000 as many. None may end, hang or fail the pool: each
     outcome is True, False, or an error within the call's limit."""
     texts = [t[:MAX_ANSWER] for t in texts]  # nothing longer gets this far
-    outcomes = strict_sandbox.map("grpo.symbolic:symbolic_equal", [[t, gold] for t in texts])
+    outcomes = strict_sandbox.map("grpo.tasks.symbolic:symbolic_equal", [[t, ground_truth] for t in texts])
     assert all(o.value in (True, False) if not o.error else o.value is None for o in outcomes)
     assert not any(o.skipped for o in outcomes)
 

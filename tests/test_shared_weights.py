@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from grpo.models import load_policy
-from grpo_kernels.nf4_dequantise import NestedAbsmax, nf4_dequantise
-from grpo_kernels.nf4_linear import nf4_linear
-from grpo_rollout.shared_weights import Dense, Quantized, base_linears, dequantized, share
+from grpo.policy.models import load_policy
+from grpo_kernels.nf4.dequantize import NestedAbsmax, nf4_dequantize
+from grpo_kernels.nf4.linear import nf4_linear
+from grpo_rollout.vllm.shared_weights import Dense, Quantized, base_linears, dequantized, share
 
 
 def linear4bit(rows: int, cols: int, *, nested: bool = True, seed: int = 0) -> bnb.nn.Linear4bit:
@@ -52,7 +52,7 @@ def test_joined_rows_are_the_layers_rows_bit_for_bit(rows, cols, nested, stays_n
         assert torch.equal(layer(x), output)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dequantise", "torch"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize", "torch"])
 def test_nf4_linear_takes_the_joined_matrix(backend):
     """Three layers whose scales have means (offsets) of 1 : 2 : 3, as one product on their nested scales."""
     layers = [linear4bit(r, 256, seed=i) for i, r in enumerate((128, 64, 70))]
@@ -65,9 +65,9 @@ def test_nf4_linear_takes_the_joined_matrix(backend):
     exact = x.double() @ dense.T
     for part_actual, part_exact in zip(actual.split([128, 64, 70], 1), exact.split([128, 64, 70], 1)):
         assert (part_actual - part_exact).norm() / part_exact.norm() < 1e-3
-    if backend == "dequantise":
+    if backend == "dequantize":
         rows = slice(100, 250)  # across both seams
-        out = nf4_dequantise(joined.packed, joined.absmax, joined.shape, torch.float32, rows=rows)
+        out = nf4_dequantize(joined.packed, joined.absmax, joined.shape, torch.float32, rows=rows)
         torch.testing.assert_close(out.double(), dense[rows], rtol=1e-6, atol=1e-7)
 
 
@@ -80,7 +80,7 @@ def test_the_trainers_gradient_goes_through_shared_nested_scales():
         assert torch.equal(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient)
         state = layer.weight.quant_state
         assert state.nested
-        assert state.absmax.data_ptr() == joined.absmax.quantised.data_ptr() + i * 256
+        assert state.absmax.data_ptr() == joined.absmax.quantized.data_ptr() + i * 256
         assert state.state2.absmax.data_ptr() == joined.absmax.absmax.data_ptr() + i * 4
 
 
@@ -153,7 +153,7 @@ def test_joining_adds_a_few_bytes_of_offsets():
     [joined] = share(layers)
     weights = 3 * 64 * 1024
     assert joined.packed.numel() == weights / 2
-    sizes = [t.numel() * t.itemsize for t in (joined.absmax.quantised, joined.absmax.absmax, joined.absmax.offset)]
+    sizes = [t.numel() * t.itemsize for t in (joined.absmax.quantized, joined.absmax.absmax, joined.absmax.offset)]
     assert sizes == [weights / 64, 4 * weights / 64 / 256, 4 * weights / 64 / 256]
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig
 
-from grpo.memory import GIB, Dims, dims
-from grpo_rollout.sizing import (
+from grpo_rollout.fit.memory import GIB, Dims, dims
+from grpo_rollout.fit.sizing import (
     KV_BLOCK,
     Sizes,
     attention_splits,
@@ -84,7 +84,7 @@ def test_work_grows_with_tokens_and_sequences():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"budget_bytes": 8 * GIB}, "--gpu-memory-gb"),
+        ({"budget_bytes": 8 * GIB}, "--gpu-memory-gib"),
         ({"max_completion_tokens": 10_000_000}, "--max-completion-tokens"),
         ({"budget_bytes": 81 * GIB}, "more than the card has"),
         ({"sequences": 0}, "sequences"),

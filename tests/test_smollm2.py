@@ -9,7 +9,7 @@ import pytest
 from conftest import load_recipe
 
 from grpo.objective import Objective
-from grpo.run import read_metrics
+from grpo.runs.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "smollm2_grpo.py"
@@ -23,7 +23,7 @@ def recipe():
 @pytest.fixture
 def small(recipe, model_folder, tmp_path, monkeypatch):
     """The recipe's Args for a run of two steps, with a reward that random text gets too."""
-    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [float("w2" in t) for t in texts])
+    monkeypatch.setattr(recipe, "correct", lambda texts, ground_truths: [float("w2" in t) for t in texts])
 
     def args(name="run", **settings):
         defaults = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "eval_questions": 4, "max_completion_tokens": 8}
@@ -112,7 +112,7 @@ def test_a_step_without_variance_changes_nothing(recipe, small, tmp_path, monkey
     """No group counts, so there is no micro-batch at all, or none that has a gradient: the run goes on."""
     from grpo.advantages import Estimator
 
-    monkeypatch.setattr(recipe, "correct", lambda texts, golds: [1.0 for _ in texts])
+    monkeypatch.setattr(recipe, "correct", lambda texts, ground_truths: [1.0 for _ in texts])
     recipe.main(small(estimator=Estimator(drop_zero_variance=drop), warmup_steps=0))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [line["zero_variance"] for line in lines] == [1.0, 1.0]

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import tiny
-from grpo.data import check_disjoint, in_held_out
-from grpo.models import cache_dir, encode_chat, stop_ids
-from grpo.rewards import correctness
-from grpo.tiny import Tiny, careful, hasty, pretraining_batch, pretraining_examples, tiny_examples, tiny_model
+from grpo.policy.models import cache_dir, encode_chat, stop_ids
+from grpo.tasks import tiny
+from grpo.tasks.data import check_disjoint, in_held_out
+from grpo.tasks.rewards import correctness
+from grpo.tasks.tiny import Tiny, careful, hasty, pretraining_batch, pretraining_examples, tiny_examples, tiny_model
 
 QUICK = Tiny(steps=2, batch_size=4)
 
@@ -50,7 +50,7 @@ def test_nothing_held_out_is_trained_on():
     check_disjoint(train, held_out)
     for e in held_out:
         a, b = sorted(map(int, re.findall(r"\d+", e.question)))
-        assert (len(str(a)), len(str(b)), str(a + b)) == (3, 3, e.gold)
+        assert (len(str(a)), len(str(b)), str(a + b)) == (3, 3, e.ground_truth)
         assert in_held_out(f"{a}+{b}")
     for step in range(20):
         for question, _ in pretraining_examples(Tiny(), step):

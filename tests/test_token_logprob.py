@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels.token_logprob import BLOCK, token_logprob, triton
-from grpo_rollout.vllm_engine import _quick_logprobs
+from grpo_rollout.vllm.engine import _quick_logprobs
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="no Triton"))]
 

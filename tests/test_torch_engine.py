@@ -5,10 +5,10 @@ import torch
 from conftest import ARCHITECTURES, write_model
 from transformers import AutoModelForCausalLM
 
-from grpo.models import load_policy
-from grpo_rollout import kv_cache
+from grpo.policy.models import load_policy
 from grpo_rollout.engine import Sampling
-from grpo_rollout.torch_engine import TorchEngine, sample
+from grpo_rollout.torch import kv_cache
+from grpo_rollout.torch.engine import TorchEngine, sample
 
 PROMPTS = [[1, 9, 10, 11, 12, 13], [1, 20], [1, 30, 31, 32], [1, 40, 41]]
 

@@ -19,17 +19,17 @@ from conftest import write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from grpo.memory import GIB, dims
-from grpo.models import load_policy
-from grpo.run import read_metrics, strip_times
-from grpo.tiny import Tiny, tiny_model
-from grpo_kernels.nf4_linear import nf4_linear
-from grpo_kernels.nf4_tiles import FEW_ROWS_TILE
-from grpo_rollout import fused_nf4 as nf4
-from grpo_rollout import vllm_engine
+from grpo.policy.models import load_policy
+from grpo.runs.run import read_metrics, strip_times
+from grpo.tasks.tiny import Tiny, tiny_model
+from grpo_kernels.nf4.linear import nf4_linear
+from grpo_kernels.nf4.tiles import FEW_ROWS_TILE
 from grpo_rollout.engine import Sampling
-from grpo_rollout.sizing import kv_bytes_per_token, working_bytes
-from grpo_rollout.vllm_engine import SyncError, VLLMEngine, check_version
+from grpo_rollout.fit.memory import GIB, dims
+from grpo_rollout.fit.sizing import kv_bytes_per_token, working_bytes
+from grpo_rollout.vllm import engine as vllm_engine
+from grpo_rollout.vllm import fused_nf4 as nf4
+from grpo_rollout.vllm.engine import SyncError, VLLMEngine, check_version
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
@@ -239,7 +239,7 @@ def test_more_requests_than_sequences_wait_their_turn(fresh, at_a_time):
         model = dims(fresh.model.config)
         work = working_bytes(model, 8 * 48, 1, cuda_graphs=False)
         one = (96 + 32) * kv_bytes_per_token(model, 4)  # a sequence of 80 in blocks of 32, and a block of vLLM's own
-        fresh.make_engine(sequences=8, gpu_memory_gb=(work + one + 1) / GIB)
+        fresh.make_engine(sequences=8, gpu_memory_gib=(work + one + 1) / GIB)
     assert fresh.engine.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == at_a_time
     in_turn = fresh.engine.generate(prompts, 3, sampling, seed=5)
     fresh.engine.close()

@@ -9,13 +9,13 @@ from pathlib import Path
 import tyro
 from conftest import load_recipe
 
-import grpo.run
-from grpo.cli import user_errors
+import grpo.runs.run
+from grpo.runs.cli import user_errors
 
-grpo.run.write_curves = lambda *_: None
+grpo.runs.run.write_curves = lambda *_: None
 recipe = load_recipe(Path(sys.argv.pop(1)))
-recipe.correct = lambda texts, golds: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
+recipe.correct = lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
 
 if __name__ == "__main__":
     with user_errors():
-        recipe.main(tyro.cli(recipe.Args, args=grpo.run.command_line()))
+        recipe.main(tyro.cli(recipe.Args, args=grpo.runs.run.command_line()))

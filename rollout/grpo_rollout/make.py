@@ -3,10 +3,10 @@
 import inspect
 from typing import Any
 
-from grpo.cli import check_vllm_installed, vllm_installed
+from grpo.runs.cli import check_vllm_installed, vllm_installed
 from grpo_rollout.engine import Engine
-from grpo_rollout.torch_engine import TorchEngine
-from grpo_rollout.vllm_engine import VLLMEngine
+from grpo_rollout.torch.engine import TorchEngine
+from grpo_rollout.vllm.engine import VLLMEngine
 
 ENGINES = ("auto", "vllm", "torch")
 
@@ -25,7 +25,7 @@ def make_engine(
     where it is installed and the lengths are given, and torch elsewhere.
 
     max_prompt_tokens, max_completion_tokens: of any later call; vLLM needs them to size its memory.
-    settings: of VLLMEngine (sequences, gpu_memory_gb, kv_cache_dtype, ...); the torch engine has no use for them.
+    settings: of VLLMEngine (sequences, gpu_memory_gib, kv_cache_dtype, ...); the torch engine has no use for them.
     Raises ValueError, naming the flag, for another name or where vLLM is asked for and missing; TypeError for a
     setting that VLLMEngine has not, whichever engine is taken."""
     unknown = settings.keys() - inspect.signature(VLLMEngine).parameters.keys()

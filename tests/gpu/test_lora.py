@@ -1,15 +1,15 @@
-"""The adapted NF4 layer in one step on a GPU: bf16, the dequantising kernel, joined storage, against fp32 and PEFT."""
+"""The adapted NF4 layer in one step on a GPU: bf16, the dequantizing kernel, joined storage, against fp32 and PEFT."""
 
 import pytest
 import torch
 from conftest import write_model
 from test_lora import moved, relative_error, run
 
-import grpo.lora
-from grpo.layers import fuse_layers
-from grpo.lora import fuse_adapters
-from grpo.models import load_policy
-from grpo_rollout.shared_weights import base_linears, share
+import grpo.policy.lora
+from grpo.policy.layers import fuse_layers
+from grpo.policy.lora import fuse_adapters
+from grpo.policy.models import load_policy
+from grpo_rollout.vllm.shared_weights import base_linears, share
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 IDS = torch.arange(8, 64).repeat(2, 6)[:, :300]  # more rows than the fused product takes
@@ -48,8 +48,8 @@ def test_no_worse_than_peft(tmp_path, architecture, joined, checkpointing, fuse)
 def test_few_rows_without_gradient(tmp_path, monkeypatch):
     """As the torch engine decodes: the fused product, its adapter included; with a gradient or more rows it is not."""
     taken = []
-    read_once = grpo.lora._read_once
-    monkeypatch.setattr(grpo.lora, "_read_once", lambda x, *rest: taken.append(len(x)) or read_once(x, *rest))
+    read_once = grpo.policy.lora._read_once
+    monkeypatch.setattr(grpo.policy.lora, "_read_once", lambda x, *rest: taken.append(len(x)) or read_once(x, *rest))
     errors = torch.zeros(2)
     for seed in SEEDS:
         folder = str(write_model(tmp_path / str(seed), seed=seed, **SIZES))

@@ -5,9 +5,9 @@ import torch
 from bitsandbytes import matmul_4bit
 from test_nf4_linear import adapter, bitsandbytes_weight, exact_product, poisoned_memory, problem, relative_error
 
-from grpo_kernels import nf4_linear as nf4
-from grpo_kernels.nf4_linear import nf4_linear, nf4_linear_reference
-from grpo_kernels.nf4_prepare import new_counters
+from grpo_kernels.nf4 import linear as nf4
+from grpo_kernels.nf4.linear import nf4_linear, nf4_linear_reference
+from grpo_kernels.nf4.prologue import new_counters
 from grpo_kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 17, 33, 100, 257])
-@pytest.mark.parametrize("backend", ["fused", "dequantise"])
+@pytest.mark.parametrize("backend", ["fused", "dequantize"])
 @pytest.mark.parametrize(("n", "k"), [(200, 512), (1024, 4096), (96, 8960)])
 def test_no_worse_than_bitsandbytes(n, k, backend, rows, nested, dtype):
     """Values with bias and gradients; bitsandbytes' own error is the bound."""
@@ -60,9 +60,9 @@ def test_scaled_weights_are_no_worse_than_bitsandbytes(n, k, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dequantise_bit_for_bit(dtype):
+def test_dequantize_bit_for_bit(dtype):
     _, packed, absmax, state = problem(70, 320, 1, nested=False, device="cuda")
-    assert torch.equal(nf4.nf4_dequantise(packed, absmax, (70, 320), dtype), bitsandbytes_weight(packed, state, dtype))
+    assert torch.equal(nf4.nf4_dequantize(packed, absmax, (70, 320), dtype), bitsandbytes_weight(packed, state, dtype))
 
 
 def test_under_a_graph_and_beside_bitsandbytes():
@@ -88,7 +88,7 @@ def large_problem(n, k, rows, dtype):
     if (n, k) not in _problems:
         _, packed, absmax, _ = problem(n, k, 1, device="cuda")
         _problems.clear()  # one at a time: 0.9 GB in float64
-        _problems[n, k] = packed, absmax, nf4.nf4_dequantise_reference(packed, absmax, (n, k), torch.float64)
+        _problems[n, k] = packed, absmax, nf4.nf4_dequantize_reference(packed, absmax, (n, k), torch.float64)
     generator = torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, k, device="cuda", generator=generator).to(dtype)
     return x, *_problems[n, k]
@@ -179,7 +179,7 @@ def test_adapter_under_a_graph(rows, size):
     a weight that is said to follow, at the end of its memory, none of which is changed."""
     following = None if size is None else torch.zeros(size, dtype=torch.uint8, device="cuda")
     x, packed, absmax, _ = problem(1024, 1024, rows, torch.bfloat16, device="cuda")
-    weight = nf4.nf4_dequantise_reference(packed, absmax, (1024, 1024), torch.float64)
+    weight = nf4.nf4_dequantize_reference(packed, absmax, (1024, 1024), torch.float64)
     lora = adapter(1024, 16, (512, 768, 1024), torch.bfloat16, device="cuda")
     lora = lora._replace(counters=new_counters("cuda"))
 

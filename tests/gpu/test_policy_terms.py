@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_policy_terms import CASES, compare, make_inputs
 
+from grpo.losses import LOSSES, policy_terms
 from grpo.objective import Objective, merge_metrics, policy_loss
-from grpo_kernels.policy_terms import LOSSES, policy_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

@@ -5,7 +5,8 @@ import torch
 from test_recipe_path import OBJECTIVES, assert_same, load, make_problem, update, write_tiny
 
 from grpo.objective import Objective
-from grpo_kernels import linear_logprob, policy_terms
+from grpo import losses as policy_terms
+from grpo_kernels import linear_logprob
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

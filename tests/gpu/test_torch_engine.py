@@ -6,10 +6,10 @@ from conftest import write_model
 from test_kv_cache import decoding_step_makes_nothing_big
 from test_torch_engine import PROMPTS, UNSHARED, WINDOWED
 
-from grpo.models import load_policy
-from grpo_rollout import kv_cache
+from grpo.policy.models import load_policy
 from grpo_rollout.engine import Sampling
-from grpo_rollout.torch_engine import TorchEngine
+from grpo_rollout.torch import kv_cache
+from grpo_rollout.torch.engine import TorchEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICE = "cuda"

@@ -10,18 +10,18 @@ from conftest import write_model
 from test_shared_weights import linear4bit
 from test_vllm_engine import Recipe, metrics, stop_after
 
-from grpo.memory import GIB
-from grpo.models import load_policy
-from grpo.tiny import Tiny, tiny_model
-from grpo_rollout import fused_nf4
+from grpo.policy.models import load_policy
+from grpo.tasks.tiny import Tiny, tiny_model
 from grpo_rollout.engine import Sampling
-from grpo_rollout.shared_weights import share
-from grpo_rollout.sizing import captured_batches
+from grpo_rollout.fit.memory import GIB
+from grpo_rollout.fit.sizing import captured_batches
+from grpo_rollout.vllm import fused_nf4
+from grpo_rollout.vllm.shared_weights import share
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM", allow_module_level=True)
 
-from grpo_rollout.vllm_engine import SyncError, VLLMEngine
+from grpo_rollout.vllm.engine import SyncError, VLLMEngine
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -62,13 +62,13 @@ class Pair:
         if ON_GPU:
             torch.cuda.empty_cache()
         self.limit = used_gb() + ROOM_GB if ON_GPU else None
-        self.engine = make_engine(self.model, gpu_memory_gb=self.limit, **settings)
+        self.engine = make_engine(self.model, gpu_memory_gib=self.limit, **settings)
         return self.engine
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Widths that the fused kernel takes, with scales that stay doubly quantised where they are joined. Weights of a
+    """Widths that the fused kernel takes, with scales that stay doubly quantized where they are joined. Weights of a
     size at which bf16 and fp32 differ by 0.007 nats and the adapter makes 0.4 (at conftest's 0.2: 0.06 and 1)."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.05}
     folder = write_model(tmp_path_factory.mktemp("llama"), "llama", **sizes)

@@ -1,0 +1,1 @@
+"""Runs: the training loop's record, checkpoints, report and views."""

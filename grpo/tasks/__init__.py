@@ -1,0 +1,1 @@
+"""Tasks: questions, answers, and the rewards that compare them."""

@@ -1,0 +1,1 @@
+"""Products with NF4 weights. See README.md in this folder."""

@@ -1,0 +1,1 @@
+"""Programs over a trained policy: evaluate, export, generate, report."""

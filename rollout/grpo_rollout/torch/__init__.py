@@ -1,0 +1,1 @@
+"""The engine in plain PyTorch, which runs anywhere."""
