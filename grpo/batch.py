@@ -1,119 +1,182 @@
 """From ragged token ids to padded tensors. Ids go in and ids come out; every mask is made from lengths.
 
-A sequence is its prompt followed at once by its completion, padded on the right. Under causal attention nothing
-real looks right, so no attention mask is needed, positions are 0, 1, 2, ..., and padding cannot change a value.
+A sequence is its prompt followed at once by its completion, padded on the right. Under causal attention no real token
+looks to the right, so no attention mask is needed, positions are 0, 1, 2, ..., and padding cannot change a value: any
+id will do, and it is 0.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from grpo.distributed import World, all_sum
+from grpo.errors import UserError
+from grpo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grpo.objective import Objective
+    from grpo.sampler import Samples
+
+
+class StepTotals(NamedTuple):
+    """What the losses of one optimizer step are divided by: totals over all micro-batches and all ranks."""
+
+    tokens: Tensor | int
+    """completion tokens that count"""
+    sequences: Tensor | int
+    """completions that count"""
+    max_completion_tokens: int | None
+    """limit of a completion, by which Dr. GRPO divides"""
 
 
 class MicroBatch(NamedTuple):
     """Some whole sequences of an optimizer step, as tensors on one device. `time` counts completion tokens."""
 
-    ids: torch.Tensor
+    ids: Tensor
     """[batch, prompt + time] int64, prompt then completion, padded on the right"""
-    prompt_lengths: torch.Tensor
+    prompt_lengths: Tensor
     """[batch] int64"""
-    mask: torch.Tensor
+    mask: Tensor
     """[batch, time] float32, 1 at completion tokens, the EOS included"""
-    sampler_logps: torch.Tensor
-    """[batch, time] float32, nats, the engine's log-probabilities; 0 at padding"""
-    advantages: torch.Tensor
-    """[batch] float32"""
+    sampler_logps: Tensor | None
+    """[batch, time] float32, nats, the engine's log-probabilities; 0 at padding. None: not known"""
+    advantages: Tensor
+    """[batch] float32, or [batch, time]"""
     sequences: list[int]
-    """which sequences of the step these are"""
+    """indices of these sequences among the step's samples"""
+    step: StepTotals
+    """totals of the whole optimizer step"""
+    needs_grad: Tensor | None = None
+    """[batch] bool, the sequences whose gradient can differ from 0; None: all"""
+
+
+class StepBatch(NamedTuple):
+    """The samples of one optimizer step on this rank, in micro-batches."""
+
+    micros: list[MicroBatch]
+    """micro-batches whose gradients add up to that of one big batch; none where no sample counts"""
+    tokens: int
+    """completion tokens that count, over all ranks"""
+
+
+def make_batch(
+    samples: Samples,
+    advantages: Tensor,
+    mask: Tensor,
+    objective: Objective,
+    max_tokens: int,
+    world: World,
+) -> StepBatch:
+    """Divide a step's samples into micro-batches that know the totals of the step.
+
+    advantages: [samples], or [samples, time] for one per token. mask: [samples] bool, the samples that count
+    (`grpo.advantages.sample_mask`). max_tokens: padded tokens of one micro-batch. Every rank must call it.
+
+    Without KL penalty and entropy bonus a sequence of advantage 0 has no gradient under any loss of `grpo.losses`, so
+    it gets no backward pass (`MicroBatch.needs_grad`). For a loss of your own that is not proportional to the advantage
+    set needs_grad of the micro-batches to None."""
+    completions = [completion.token_ids for completion in samples.completions]
+    counted = [ids for ids, counts in zip(completions, mask.tolist()) if counts]
+    tokens, sequences = step_counts(counted, world)
+    micros = micro_batches(
+        samples.prompts,
+        completions,
+        [completion.logps for completion in samples.completions],
+        advantages,
+        max_tokens=max_tokens,
+        step=StepTotals(tokens, sequences, samples.max_completion_tokens),
+        device=world.device,
+        keep=mask.tolist(),
+    )
+    if not (objective.beta or objective.entropy_bonus):
+        micros = [micro._replace(needs_grad=_nonzero_advantage(micro)) for micro in micros]
+    return StepBatch(micros, tokens)
+
+
+def step_counts(completions: Sequence[Sequence[int]], world: World | None = None) -> tuple[int, int]:
+    """(completion tokens, sequences) of the whole optimizer step, over all ranks.
+
+    Every loss is divided by them, so that micro-batches and ranks add up to exactly the gradient of one big batch."""
+    world = world or World()
+    counts = torch.tensor([sum(len(c) for c in completions), len(completions)], device=world.device)
+    tokens, sequences = all_sum(counts, world).tolist()
+    return tokens, sequences
 
 
 def micro_batches(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     sampler_logps: Sequence[Sequence[float]],
-    advantages: torch.Tensor,
+    advantages: Tensor,
     *,
     max_tokens: int,
-    pad_id: int,
+    step: StepTotals,
     device: torch.device | str = "cpu",
     keep: Sequence[bool] | None = None,
 ) -> list[MicroBatch]:
-    """Cut a step's sequences into micro-batches of at most `max_tokens` padded tokens (at least one sequence).
+    """Divide a step's sequences into micro-batches of at most `max_tokens` padded tokens (at least one sequence).
 
-    prompts, completions, sampler_logps: one entry a sequence. advantages: [sequences] float32, or one a token,
-    [sequences, time], of which a micro-batch takes the columns of its longest completion.
-    keep: sequences to take (None: all); what is left out still counts in the step's averages, if the caller
-    counts it (`step_counts`). The longest sequences come first: memory that does not suffice shows at once,
-    and neighbours in length share a micro-batch, so little is padding. Sequences of advantage 0 come last, in
-    micro-batches of their own: without KL and entropy bonus these need no backward pass (`completion_logps`).
-    Raises ValueError where the lists differ in length, a prompt or completion is empty, or has more tokens than
+    prompts, completions, sampler_logps: one entry per sequence. advantages: [sequences] float32, or one per token,
+    [sequences, time], of which a micro-batch takes the columns of its longest completion. keep: the sequences to take;
+    None takes all.
+
+    The longest sequences come first: memory that does not suffice shows at once, and neighbours in length share a
+    micro-batch, so little of it is padding. Sequences of advantage 0 come last, in micro-batches of their own: without
+    KL penalty and entropy bonus those need no backward pass.
+    Raises UserError where the lists differ in length, a prompt or completion is empty, or has more tokens than
     advantages."""
     n = len(prompts)
     if not len(completions) == len(sampler_logps) == len(advantages) == n:
-        raise ValueError(
+        raise UserError(
             f"{n} prompts, {len(completions)} completions, {len(sampler_logps)} lists of log-probabilities "
-            f"and {len(advantages)} advantages: one of each a sequence is needed"
+            f"and {len(advantages)} advantages: one of each is needed per sequence"
         )
     for i in range(n):
         if not prompts[i] or not completions[i]:
-            raise ValueError(f"sequence {i} has an empty {'completion' if prompts[i] else 'prompt'}")
+            raise UserError(f"sequence {i} has an empty {'completion' if prompts[i] else 'prompt'}")
         if len(completions[i]) != len(sampler_logps[i]):
             tokens, logps = len(completions[i]), len(sampler_logps[i])
-            raise ValueError(f"sequence {i} has {tokens} tokens but {logps} log-probabilities")
+            raise UserError(f"sequence {i} has {tokens} tokens but {logps} log-probabilities")
 
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
     longest = max(map(len, completions), default=0)
     if advantages.dim() == 2 and advantages.shape[1] < longest:
-        raise ValueError(f"advantages is {list(advantages.shape)}: the longest completion has {longest} tokens")
-    idle = (advantages.reshape(n, -1) == 0).all(1).tolist()
-    order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: (idle[i], -lengths[i]))
+        raise UserError(f"advantages is {list(advantages.shape)}: the longest completion has {longest} tokens")
+    zero_advantage = (advantages.reshape(n, -1) == 0).all(1).tolist()
+    order = sorted((i for i in range(n) if keep is None or keep[i]), key=lambda i: (zero_advantage[i], -lengths[i]))
     groups: list[list[int]] = []
     for i in order:
         first = groups[-1][0] if groups else i
-        if groups and idle[i] == idle[first] and (len(groups[-1]) + 1) * lengths[first] <= max_tokens:
+        fits = groups and (len(groups[-1]) + 1) * lengths[first] <= max_tokens
+        if fits and zero_advantage[i] == zero_advantage[first]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return [_collate(prompts, completions, sampler_logps, advantages, group, pad_id, device) for group in groups]
+
+    def pad(group: list[int]) -> MicroBatch:
+        width = max(lengths[i] for i in group)
+        time = max(len(completions[i]) for i in group)
+        ids = torch.zeros(len(group), width, dtype=torch.int64)
+        mask, logps = torch.zeros(len(group), time), torch.zeros(len(group), time)
+        for row, i in enumerate(group):
+            ids[row, : lengths[i]] = torch.tensor([*prompts[i], *completions[i]])
+            mask[row, : len(completions[i])] = 1.0
+            logps[row, : len(completions[i])] = torch.tensor(sampler_logps[i])
+        prompt_lengths = torch.tensor([len(prompts[i]) for i in group])
+        of_group = advantages[group].float()
+        of_group = of_group if of_group.dim() == 1 else of_group[:, :time]
+        ids, prompt_lengths, mask, logps, of_group = (
+            tensor.to(device) for tensor in (ids, prompt_lengths, mask, logps, of_group)
+        )
+        return MicroBatch(ids, prompt_lengths, mask, logps, of_group, group, step)
+
+    return [pad(group) for group in groups]
 
 
-def _collate(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    sampler_logps: Sequence[Sequence[float]],
-    advantages: torch.Tensor,
-    group: list[int],
-    pad_id: int,
-    device: torch.device | str,
-) -> MicroBatch:
-    width = max(len(prompts[i]) + len(completions[i]) for i in group)
-    time = max(len(completions[i]) for i in group)
-    ids = torch.full((len(group), width), pad_id)
-    mask = torch.zeros(len(group), time)
-    logps = torch.zeros(len(group), time)
-    for row, i in enumerate(group):
-        p, c = len(prompts[i]), len(completions[i])
-        ids[row, : p + c] = torch.tensor([*prompts[i], *completions[i]])
-        mask[row, :c] = 1.0
-        logps[row, :c] = torch.tensor(sampler_logps[i])
-    lengths = torch.tensor([len(prompts[i]) for i in group])
-    of_group = advantages[group].float()
-    return MicroBatch(
-        ids.to(device),
-        lengths.to(device),
-        mask.to(device),
-        logps.to(device),
-        (of_group if of_group.dim() == 1 else of_group[:, :time]).to(device),
-        group,
-    )
-
-
-def step_counts(completions: Sequence[Sequence[int]], world: World | None = None) -> tuple[int, int]:
-    """(completion tokens, sequences) of the whole optimizer step, over all ranks: what every loss is divided by,
-    so that micro-batches and ranks add up to exactly the gradient of one big batch."""
-    world = world or World()
-    counts = torch.tensor([sum(len(c) for c in completions), len(completions)], device=world.device)
-    tokens, sequences = all_sum(counts, world).tolist()
-    return tokens, sequences
+def _nonzero_advantage(micro: MicroBatch) -> Tensor:
+    """[batch] bool: the sequences with an advantage other than 0 at some completion token."""
+    advantages = micro.advantages[:, None] if micro.advantages.dim() == 1 else micro.advantages
+    return ((advantages != 0) & micro.mask.bool()).any(-1)
