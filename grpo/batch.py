@@ -92,7 +92,7 @@ def make_batch(
         keep=mask.tolist(),
     )
     if not (objective.beta or objective.entropy_bonus):
-        micros = [micro._replace(needs_grad=_nonzero_advantage(micro)) for micro in micros]
+        micros = [micro._replace(needs_grad=rows_with_gradient(micro)) for micro in micros]
     return StepBatch(micros, tokens)
 
 
@@ -176,7 +176,10 @@ def micro_batches(
     return [pad(group) for group in groups]
 
 
-def _nonzero_advantage(micro: MicroBatch) -> Tensor:
-    """[batch] bool: the sequences with an advantage other than 0 at some completion token."""
+def rows_with_gradient(micro: MicroBatch) -> Tensor:
+    """[batch] bool: the sequences to which a policy loss gives a gradient.
+
+    Every loss of `grpo.losses` is proportional to the advantage of its token, at level 'sequence' to those of the
+    sequence's tokens, so a sequence whose advantages are all 0 has none."""
     advantages = micro.advantages[:, None] if micro.advantages.dim() == 1 else micro.advantages
     return ((advantages != 0) & micro.mask.bool()).any(-1)

@@ -135,7 +135,7 @@ def surrogate(
     The row of `grpo.losses.LOSSES` that --loss names, times the sampler weights. At masked positions every input may be
     anything, NaN and infinities included: losses and gradients are exactly 0 there.
 
-    logps, old_logps: [batch, time] nats, of the policy that is trained, and of the policy that sampled, by the trainer's
+    logps, old_logps: [batch, time] nats, of the policy that is trained and of the one that sampled, by the trainer's
     own forward pass. weights: [batch, time] of `sampler_weights`."""
     row = LOSSES[objective.loss]
     keep = micro.mask.bool()
@@ -247,6 +247,7 @@ def policy_loss(
         TypeError: a flag that no objective has.
     """
     o = replace(objective or Objective(), **flags)
+    _check_choices(o)
     _check_tensors(logps, old_logps, advantages, mask, ref_logps, sampler_logps, entropy)
     _check_required(o, ref_logps, entropy, max_completion_length)
     keep = mask.bool()
@@ -400,6 +401,19 @@ def step_entropy_threshold(
     entropies = [part for of_rank in all_gather(entropies, world) for part in of_rank]
     threshold = entropy_quantile(torch.cat([torch.zeros(0), *entropies]), objective.top_entropy_quantile)
     return threshold.to(world.device)
+
+
+def old_policy_logps(
+    forward: Callable[[MicroBatch], tuple[Tensor, Tensor]], batch: StepBatch, num_iterations: int
+) -> list[Tensor | None]:
+    """Log-probabilities of each micro-batch under the policy that sampled, [batch, time] nats, for a batch that takes
+    several optimizer steps. With one step that policy is the present one, so no pass is needed and they are None.
+
+    Call it before the first update. forward: as in `step_entropy_threshold`."""
+    if num_iterations == 1:
+        return [None for _ in batch.micros]
+    with torch.no_grad():
+        return [forward(micro)[0] for micro in batch.micros]
 
 
 def entropy_quantile(entropies: Tensor, fraction: float) -> Tensor:

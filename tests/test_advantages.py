@@ -6,18 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages import (
-    Estimator,
-    check_estimator,
-    counted_samples,
-    estimate_advantages,
-    gdpo_advantages,
+    Advantage,
+    Scores,
     group_advantages,
+    group_rewards,
+    per_sample,
+    reward_baseline,
+    reward_scale,
+    sample_mask,
     zero_variance_groups,
 )
-from grpo.tasks.rewards import Scores, score
+from grpo.sampler import Completion, Samples
+from grpo.tasks.scoring import score
 
 NAN = float("nan")
 rewards_lists = st.lists(st.one_of(st.none(), st.floats(-10, 10, width=16)), min_size=12, max_size=12)  # 3 groups of 4
+
+
+def composed(scores, group_size, flags):
+    """[samples]: the lines of the recipes."""
+    rewards = group_rewards(scores, group_size, flags)
+    return per_sample((rewards - reward_baseline(rewards, flags)) / reward_scale(rewards, flags))
+
+
+def gdpo(rewards, group_size, weights):
+    """rewards: [functions][samples]."""
+    named = {str(i): list(values) for i, values in enumerate(rewards)}
+    total = [0.0] * len(named["0"])
+    return composed(Scores(total, named, dict(zip(named, weights)), []), group_size, Advantage(aggregate="gdpo"))
 
 
 def test_known_values():
@@ -109,11 +125,11 @@ def test_gdpo_equals_trl_normalize_then_sum():
     total = (normalised.reshape(12, 3) * weights).nansum(1)
     total[9] = NAN
     expected = ((total - total.nanmean()) / (nanstd(total) + 1e-4)).nan_to_num(0.0)
-    actual = gdpo_advantages(rewards, 4, weights=weights.tolist())
+    actual = gdpo(rewards.tolist(), 4, weights.tolist())
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
     as_lists = [[None if math.isnan(x) else x for x in row] for row in rewards.tolist()]
-    assert torch.equal(gdpo_advantages(as_lists, 4, weights=weights.tolist()), actual)
+    assert torch.equal(gdpo(as_lists, 4, weights.tolist()), actual)
 
 
 def test_gdpo_keeps_a_reward_of_small_spread():
@@ -121,26 +137,23 @@ def test_gdpo_keeps_a_reward_of_small_spread():
     correct, length = [1.0, 0, 0, 0], [100.0, 300, 100, 300]
     summed = group_advantages([c + x for c, x in zip(correct, length)], 4)
     assert abs(summed[0] - summed[2]) < 0.01  # correct and wrong at one length: told apart by a hundredth
-    a = gdpo_advantages([correct, length], 4)
+    a = gdpo([correct, length], 4, [1.0, 1.0])
     assert a[0] - a[2] > 1
 
 
-def test_estimate_advantages_follows_the_flags():
-    correct, length = [1.0, 0, None, 0], [100.0, 300, 100, 300]
-    total = [101.0, 300, None, 300]
-    scores = Scores(total, {"correct": correct, "length": length}, {"length": 0.5, "correct": 1.0}, [])
-    for flags in ({}, {"scale": "none", "baseline": "rloo"}, {"scale": "batch"}):
-        actual = estimate_advantages(Estimator(**flags), scores, 2)
-        assert torch.equal(actual, group_advantages(total, 2, **flags))
-    actual = estimate_advantages(Estimator(aggregate="gdpo"), scores, 2)
-    assert torch.equal(actual, gdpo_advantages([correct, length], 2, weights=[1.0, 0.5]))
+def test_the_recipes_lines_equal_group_advantages():
+    """Whatever the flags: the total reward, and none of a sample that has none."""
+    total = [101.0, 300, None, 300, 5.0, 0.25]
+    scores = Scores(total, {"correct": [1.0, 0, None, 0, 1, 1]}, {"correct": 1.0}, [])
+    for flags in ({}, {"scale": "none", "baseline": "rloo"}, {"scale": "batch"}, {"baseline": "rloo"}):
+        assert torch.equal(composed(scores, 3, Advantage(**flags)), group_advantages(total, 3, **flags))
 
 
 def test_gdpo_weighs_rewards_as_they_were_scored():
     """A wrong answer in good form must not be reinforced because form counts as much as being right."""
     correct, form = [1.0, 0, 0, 0, 1, 1, 0, 0], [0.0, 1, 0, 1, 1, 0, 0, 1]
     rewards = {"correct": (lambda c, g: correct, 1.0), "format": (lambda c, g: form, 0.1)}
-    advantages = estimate_advantages(Estimator(aggregate="gdpo"), score(rewards, [""] * 8, [""] * 8), 4)
+    advantages = composed(score(rewards, [""] * 8, [""] * 8), 4, Advantage(aggregate="gdpo"))
     assert torch.equal(advantages > 0, torch.tensor(correct) > 0)
 
 
@@ -149,20 +162,17 @@ def test_zero_variance_groups():
     assert zero_variance_groups(rewards, 4).tolist() == [False, True, True, False]
 
 
-def test_counted_samples():
-    zero, truncated = torch.tensor([True, False]), [False, True, False, False, True, False]
-    assert counted_samples(Estimator(), zero, truncated).tolist() == [True] * 6
-    assert counted_samples(Estimator(drop_zero_variance=True), zero, truncated).tolist() == [False] * 3 + [True] * 3
-    assert counted_samples(Estimator(mask_truncated=True), zero, truncated).tolist() == [
-        True,
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
-    both = Estimator(drop_zero_variance=True, mask_truncated=True)
-    assert counted_samples(both, zero, truncated).tolist() == [False] * 3 + [True, False, True]
+def test_sample_mask():
+    completions = [Completion([1], [0.0], truncated) for truncated in (False, True, False, False, True, False)]
+    samples = Samples([], 3, completions, [""] * 6, 1)
+    scores = Scores([1.0, 1, 1, 0, 0, 1], {}, {}, [])
+    for flags, kept in (
+        ({}, [True] * 6),
+        ({"drop_zero_variance": True}, [False] * 3 + [True] * 3),
+        ({"mask_truncated": True}, [True, False, True, True, False, True]),
+        ({"drop_zero_variance": True, "mask_truncated": True}, [False] * 3 + [True, False, True]),
+    ):
+        assert sample_mask(Advantage(**flags), scores, samples).tolist() == kept
 
 
 def test_errors():
@@ -178,9 +188,7 @@ def test_errors():
         group_advantages([1.0, 0.0], 2, scale="std")
     with pytest.raises(ValueError, match="baseline is 'median'"):
         group_advantages([1.0, 0.0], 2, baseline="median")
-    with pytest.raises(ValueError, match="weights has 1 entries for 2"):
-        gdpo_advantages([[1.0, 0.0], [1.0, 0.0]], 2, weights=[1.0])
     for fields, flag in (({"scale": "none"}, "--scale none"), ({"baseline": "rloo"}, "--baseline rloo")):
         with pytest.raises(ValueError, match=f"{flag} .*--aggregate gdpo"):
-            check_estimator(Estimator(aggregate="gdpo", **fields))
-        check_estimator(Estimator(**fields))
+            Advantage(aggregate="gdpo", **fields).check()
+        Advantage(**fields).check()

@@ -8,23 +8,22 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from grpo.advantages import Estimator, estimate_advantages
-from grpo.batch import micro_batches, step_counts
+from grpo.advantages import Advantage, Scores, group_rewards, per_sample, reward_baseline, reward_scale
+from grpo.batch import StepBatch, StepTotals, micro_batches, step_counts
 from grpo.distributed import World, all_sum, init_distributed, sum_gradients
 from grpo.logprobs import completion_logps
-from grpo.objective import Objective, entropy_threshold, policy_loss
-from grpo.tasks.rewards import Scores
+from grpo.objective import Objective, policy_loss, step_entropy_threshold
 
 PROMPTS = [[1, 9], [1, 10, 11], [1, 12], [1, 13, 14, 15], [1, 20], [1, 21]]
 COMPLETIONS = [[20, 2], [30, 31, 32, 2], [40], [41, 42, 2], [50, 51, 52], [53, 2]]
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
 REWARDS = {"correct": [1.0, 0.0, None, 1.0, 0.0, 0.0, 1.0, 0.0], "short": [0.3, -2.0, 5.0, None, None, 9.0, 1.0, 1.5]}
 WEIGHTS = {"correct": 1.0, "short": 0.5}
-ESTIMATORS = [
-    Estimator(),
-    Estimator(scale="batch"),
-    Estimator(scale="batch", baseline="rloo"),
-    Estimator("group", aggregate="gdpo"),
+FLAGS = [
+    Advantage(),
+    Advantage(scale="batch"),
+    Advantage(scale="batch", baseline="rloo"),
+    Advantage(aggregate="gdpo"),
 ]
 ENTROPIES = torch.tensor([[0.1, 0.9, 0.3], [2.0, 0.2, 0.8], [0.7, 0.6, 0.4]])
 
@@ -35,7 +34,8 @@ def gradient(world: World, folder: str, loss: str) -> tuple[torch.Tensor, tuple[
     logps = [[-1.0] * len(c) for c in completions]
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokens, sequences = step_counts(completions, world)
-    for micro in micro_batches(prompts, completions, logps, ADVANTAGES[list(mine)], max_tokens=12, pad_id=0):
+    step = StepTotals(tokens, sequences, None)
+    for micro in micro_batches(prompts, completions, logps, ADVANTAGES[list(mine)], max_tokens=12, step=step):
         new, _ = completion_logps(model, micro)
         value, _ = policy_loss(
             new,
@@ -55,11 +55,19 @@ def gradient(world: World, folder: str, loss: str) -> tuple[torch.Tensor, tuple[
 def advantages(world: World, groups: range) -> list[torch.Tensor]:
     """Of groups of two, whose rewards are this rank's."""
     mine = slice(2 * groups.start, 2 * groups.stop)
-    rewards = {name: values[mine] for name, values in REWARDS.items()}
-    return [
-        estimate_advantages(estimator, Scores(rewards["short"], rewards, WEIGHTS, []), 2, world=world)
-        for estimator in ESTIMATORS
-    ]
+    by_function = {name: values[mine] for name, values in REWARDS.items()}
+    found = []
+    for flags in FLAGS:
+        rewards = group_rewards(Scores(by_function["short"], by_function, WEIGHTS, []), 2, flags)
+        centred = rewards - reward_baseline(rewards, flags, world)
+        found.append(per_sample(centred / reward_scale(rewards, flags, world)))
+    return found
+
+
+def micros_of_ones():
+    """Three micro-batches of one sequence of three tokens each."""
+    ones = [[1, 1, 1]] * 3
+    return micro_batches(ones, ones, ones, torch.ones(3), max_tokens=1, step=StepTotals(9, 3, None))
 
 
 def worker(rank: int, port: int, folder: str, out: str) -> None:
@@ -67,16 +75,19 @@ def worker(rank: int, port: int, folder: str, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = init_distributed()
-    assert world[:2] == (rank, 2)
+    assert (world.rank, world.size) == (rank, 2)
     assert all_sum(torch.tensor([rank, 5]), world).tolist() == [1, 10]
     idle = nn.Parameter(torch.zeros(2))  # a rank without work takes part with zeros
     if rank == 0:
         idle.grad = torch.tensor([1.0, 2.0])
     sum_gradients([idle], world)
     assert idle.grad.tolist() == [1.0, 2.0]
-    mine = [[0, 2], [1]][rank]
-    threshold = entropy_threshold(
-        Objective(top_entropy_quantile=0.4), [ENTROPIES[[i]] for i in mine], [torch.ones(1, 3) for _ in mine], world
+    micros = [micro for micro in micros_of_ones() if micro.sequences[0] in [[0, 2], [1]][rank]]
+    threshold = step_entropy_threshold(
+        lambda micro: (None, ENTROPIES[micro.sequences]),
+        StepBatch(micros, 9),
+        Objective(top_entropy_quantile=0.4),
+        world,
     )
     assert threshold == torch.quantile(ENTROPIES, 0.6)
     torch.save(

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from grpo.batch import micro_batches
+from grpo.batch import StepTotals, micro_batches
 from grpo.logprobs import completion_logps
 from grpo.objective import Objective, policy_loss
 
@@ -14,9 +14,9 @@ COMPLETIONS = [[20, 2, 3], [30, 31, 32, 33, 2], [40]]
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5])
 
 
-def make(max_tokens=1000, pad_id=0):
+def make(max_tokens=1000):
     logps = [[-1.0] * len(c) for c in COMPLETIONS]
-    return micro_batches(PROMPTS, COMPLETIONS, logps, ADVANTAGES, max_tokens=max_tokens, pad_id=pad_id)
+    return micro_batches(PROMPTS, COMPLETIONS, logps, ADVANTAGES, max_tokens=max_tokens, step=StepTotals(9, 3, 5))
 
 
 def reference(model, temperature):
@@ -36,8 +36,10 @@ def test_values(model_folder, architecture, temperature):
     folder = model_folder(architecture)
     model = AutoModelForCausalLM.from_pretrained(folder)
     logps, entropies = reference(AutoModelForCausalLM.from_pretrained(folder).double(), temperature)
-    for pad_id in (0, 2, 17):  # whatever fills the padding, the EOS too, changes nothing
-        (micro,) = make(pad_id=pad_id)
+    (micro,) = make()
+    inside = torch.arange(micro.ids.shape[1]) < (micro.prompt_lengths + micro.mask.sum(1))[:, None]
+    for pad_id in (0, 2, 17):  # whatever fills the padding, the EOS, too, changes nothing
+        micro = micro._replace(ids=torch.where(inside, micro.ids, pad_id))
         with torch.no_grad():
             got, entropy = completion_logps(model, micro, temperature=temperature)
         assert got.dtype == entropy.dtype == torch.float32

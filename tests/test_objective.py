@@ -5,7 +5,7 @@ import itertools
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,19 +13,25 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import Estimator
+from grpo.advantages import Advantage
+from grpo.batch import MicroBatch, StepBatch, StepTotals, rows_with_gradient
 from grpo.distributed import World
 from grpo.losses import LOSSES
 from grpo.objective import (
     AVERAGES,
     Objective,
-    check_objective,
+    average,
     entropy_quantile,
-    entropy_threshold,
-    importance_weights,
+    kl_penalty,
+    mean_entropy,
     merge_metrics,
+    old_policy_logps,
     policy_loss,
-    rows_with_gradient,
+    sampler_weights,
+    step_entropy_threshold,
+    surrogate,
+    token_filter,
+    token_metrics,
 )
 
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
@@ -53,8 +59,15 @@ def ragged_batch(seed=0, batch=6, time=9, dtype=torch.float32, spread=0.4):
     )
 
 
+def as_micro(b, max_length=MAX_LENGTH, sampler=True) -> MicroBatch:
+    """A batch as the recipes have it: the step's one micro-batch."""
+    mask = b.mask.to(torch.float64 if b.logps.dtype == torch.float64 else torch.float32)
+    step = StepTotals(mask.sum(), b.mask.any(-1).sum(), max_length)
+    return MicroBatch(None, None, mask, b.sampler_logps if sampler else None, b.advantages, [], step)
+
+
 def loss_and_gradient(b, objective, **kwargs):
-    check_objective(objective)
+    objective.check()
     logps = b.logps.clone().requires_grad_()
     loss, metrics = policy_loss(
         logps, b.old_logps, b.advantages, b.mask, objective, max_completion_length=MAX_LENGTH, **kwargs
@@ -208,7 +221,7 @@ def test_unweighted_k3_equals_trl():
 def test_importance_equals_trl(loss, importance):
     if loss == "vespo" and importance.startswith("sequence"):
         with pytest.raises(ValueError, match=r"--importance sequence_.* does not fit --loss vespo"):
-            check_objective(Objective(loss=loss, importance=importance))
+            Objective(loss=loss, importance=importance).check()
         return
     b = ragged_batch(2)
     difference = (b.old_logps - b.sampler_logps) * b.mask
@@ -330,10 +343,10 @@ def test_averages_known_values():
         "constant": 14 / (2 * 7),
     }
     assert expected.keys() == AVERAGES.keys()
-    for average, value in expected.items():
-        loss, _ = policy_loss(logps, None, advantages, mask, Objective(loss="grpo", average=average),
+    for name, value in expected.items():
+        loss, _ = policy_loss(logps, None, advantages, mask, Objective(loss="grpo", average=name),
                               max_completion_length=7)  # fmt: skip
-        assert loss.item() == value, average
+        assert loss.item() == value, name
 
 
 def test_documentation_lists_the_table():
@@ -444,7 +457,6 @@ def test_kl_gradient_against_finite_differences(kl, level):
 def test_on_policy_gradient_is_reinforce_with_the_group_baseline(loss):
     b = ragged_batch(9, dtype=torch.float64)
     b.old_logps = None
-    average = LOSSES[loss].average
     gradient = loss_and_gradient(b, Objective(loss=loss))[1]
     weight = (
         b.mask
@@ -454,7 +466,7 @@ def test_on_policy_gradient_is_reinforce_with_the_group_baseline(loss):
             "token_mean": b.mask.sum(),
             "local_token_mean": b.mask.sum(),
             "constant": len(b.mask) * MAX_LENGTH,
-        }[average]
+        }[LOSSES[loss].average]
     )
     torch.testing.assert_close(gradient, -b.advantages[:, None] * weight)
 
@@ -507,8 +519,8 @@ def test_micro_batches_add_up(objective, seed, owner):
 
 def test_micro_batches_add_up_in_float32():
     b = ragged_batch()
-    for average in set(AVERAGES) - {"local_token_mean"}:
-        objective = Objective(loss="grpo", average=average, beta=0.04)
+    for name in set(AVERAGES) - {"local_token_mean"}:
+        objective = Objective(loss="grpo", average=name, beta=0.04)
         loss, gradient, _ = full(b, objective)
         parts = [full(rows(b, [i]), objective, token_count=b.mask.sum(), sequence_count=6) for i in range(6)]
         close(sum(p[0] for p in parts), loss, 1e-6)
@@ -633,15 +645,19 @@ def test_entropy_quantile_of_the_step():
     b, objective = ragged_batch(4), Objective(loss="dapo", top_entropy_quantile=0.3)
     _, gradient, metrics = loss_and_gradient(b, objective, entropy=b.entropy)
     parts = [rows(b, [0, 3]), rows(b, [1, 2, 4, 5])]
-    threshold = entropy_threshold(objective, [p.entropy for p in parts], [p.mask for p in parts])
+    micros = [as_micro(p) for p in parts]
+    entropies = {id(micro): part.entropy for micro, part in zip(micros, parts)}
+    threshold = step_entropy_threshold(
+        lambda micro: (None, entropies[id(micro)]), StepBatch(micros, 1), objective, World()
+    )
     split = [
         loss_and_gradient(p, objective, entropy=p.entropy, entropy_threshold=threshold, token_count=b.mask.sum())
         for p in parts
     ]
     close(torch.cat([g for _, g, _ in split]), gradient[[0, 3, 1, 2, 4, 5]], 1e-6)
     assert merge_metrics([m for _, _, m in split])["high_entropy"] == pytest.approx(metrics["high_entropy"].item())
-    assert entropy_threshold(objective, [], []) == float("inf")
-    assert entropy_threshold(Objective(), [b.entropy], [b.mask]) is None
+    assert step_entropy_threshold(None, StepBatch([], 0), objective, World()) == float("inf")
+    assert step_entropy_threshold(None, StepBatch(micros, 1), Objective(), World()) is None
 
 
 @pytest.mark.parametrize("token_advantages", [False, True])
@@ -658,18 +674,16 @@ def test_rows_with_gradient(loss, token_advantages):
     for level in ("token", "sequence") if LOSSES[loss].level else (None,):
         objective = Objective(loss=loss, level=level, epsilon=0.9 if LOSSES[loss].clip == "around 1" else None,
                               off_policy_threshold=10.0, top_entropy_quantile=0.999)  # fmt: skip
-        assert torch.equal(rows_with_gradient(objective, b.advantages, b.mask), expected)
+        assert torch.equal(rows_with_gradient(as_micro(b)), expected)
         logps = (b.old_logps + 0.1).requires_grad_()
         value, _ = policy_loss(logps, b.old_logps, b.advantages, b.mask, objective, ref_logps=b.ref_logps,
                                sampler_logps=b.old_logps, entropy=b.entropy + 1, max_completion_length=9)  # fmt: skip
         assert torch.equal((torch.autograd.grad(value, logps)[0] != 0).any(-1), expected)
-        for everything in ({"beta": 0.1}, {"entropy_bonus": 0.1}):
-            objective = dataclasses.replace(objective, **everything)
-            assert rows_with_gradient(objective, b.advantages, b.mask) is None
 
 
-def test_importance_weights_known_values():
+def test_sampler_weights_known_values():
     mismatch = torch.tensor([[0.5, 0.5, 0.0], [-1.0, 0.1, 0.0]]).double()
+    micro = MicroBatch(None, None, torch.ones_like(mismatch), torch.zeros_like(mismatch), None, [], None)
     cases = {
         "token_truncate": [[1.5, 1.5, 1], [0.5, 1.10517, 1]],
         "token_mask": [[0, 0, 1], [0, 1.10517, 1]],
@@ -678,9 +692,8 @@ def test_importance_weights_known_values():
         "none": [[1] * 3] * 2,
     }
     for importance, expected in cases.items():
-        weights = importance_weights(
-            mismatch, Objective(importance=importance, importance_cap=1.5, importance_floor=0.5)
-        )
+        objective = Objective(importance=importance, importance_cap=1.5, importance_floor=0.5)
+        weights = sampler_weights(mismatch, micro, objective)
         torch.testing.assert_close(weights, torch.tensor(expected).double(), rtol=1e-5, atol=0)
 
 
@@ -737,6 +750,55 @@ def test_merge_metrics(monkeypatch):
     assert merge_metrics([], World(0, 3)) == {"loss": 2.0, "ratio_max": 2.5}
 
 
+@pytest.mark.parametrize("objective", ALL, ids=IDS)
+def test_policy_loss_equals_the_composition_of_the_recipes(objective):
+    """The lines of the recipes' update, on a batch of its own: loss, gradient and metrics to the bit."""
+    b = ragged_batch(11)
+    micro = as_micro(b)
+
+    def composed(logps, entropy):
+        old_logps, ref_logps, threshold = b.old_logps, b.ref_logps, 0.5
+        c = sampler_weights(old_logps, micro, objective)
+        losses = surrogate(logps, old_logps, c, micro, objective)
+        losses = losses * token_filter(logps, old_logps, entropy, threshold, micro, objective)
+        kl = kl_penalty(logps, old_logps, ref_logps, micro, objective)
+        loss = average(losses + objective.beta * kl, micro, objective)
+        loss = loss - objective.entropy_bonus * mean_entropy(entropy, micro)
+        return loss, token_metrics(loss, losses, kl, logps, old_logps, entropy, threshold, micro, objective)
+
+    found = []
+    for function in (
+        composed,
+        lambda logps, entropy: policy_loss(
+            logps, b.old_logps, b.advantages, b.mask, objective, ref_logps=b.ref_logps, sampler_logps=b.sampler_logps,
+            entropy=entropy, entropy_threshold=0.5, max_completion_length=MAX_LENGTH,
+        ),
+    ):  # fmt: skip
+        logps, entropy = b.logps.clone().requires_grad_(), b.entropy.clone().requires_grad_()
+        loss, metrics = function(logps, entropy)
+        found.append((loss.detach(), torch.autograd.grad(loss, (logps, entropy)), metrics))
+    (loss, gradients, metrics), (loss2, gradients2, metrics2) = found
+    assert torch.equal(loss, loss2)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, gradients2))
+    assert metrics.keys() == metrics2.keys()
+    assert all(torch.equal(metrics[name], metrics2[name]) for name in metrics)
+
+
+def test_old_policy_logps():
+    """One optimizer step per batch needs no pass; several take one before the first, without gradient."""
+    micros = [as_micro(ragged_batch(seed)) for seed in range(2)]
+    values = [torch.zeros(2, 3, requires_grad=True) + seed for seed in range(2)]
+    batch = StepBatch(micros, 1)
+
+    def forward(micro):
+        return values[[micro is m for m in micros].index(True)] * 2, None
+
+    assert old_policy_logps(forward, batch, 1) == [None, None]
+    old = old_policy_logps(forward, batch, 2)
+    assert [x.unique().item() for x in old] == [0, 2]
+    assert not any(x.requires_grad for x in old)
+
+
 # Refusals
 
 
@@ -774,7 +836,7 @@ def test_merge_metrics(monkeypatch):
 )
 def test_refusals_name_both_flags(fields, first, second):
     with pytest.raises(ValueError, match="--") as error:
-        check_objective(Objective(**fields))
+        Objective(**fields).check()
     assert first in str(error.value)
     assert second in str(error.value)
 
@@ -802,27 +864,28 @@ def test_missing_tensors_are_named():
 
 @dataclasses.dataclass
 class Args:
-    """As in a recipe: the flags of both, flat."""
+    """The flags of both groups, flat, as in a recipe."""
 
-    objective: Annotated[Objective, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: Objective(loss="cispo")
-    )
-    estimator: Annotated[Estimator, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Estimator)
+    objective: Objective = Objective(loss="cispo")
+    advantage: Advantage = Advantage()
+
+
+def flags(words):
+    return tyro.cli(Args, args=words, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def test_flags():
-    args = tyro.cli(
-        Args,
-        args="--level sequence --epsilon-high 4 --kl k2 --beta 0.1 --importance sequence_mask --scale none "
-        "--vespo-shape 1 2 3 4 --mask-truncated".split(),
+    args = flags(
+        "--level sequence --epsilon-high 4 --kl k2 --beta 0.1 --importance sequence_mask --scale none "
+        "--vespo-shape 1 2 3 4 --mask-truncated".split()
     )
     assert args.objective == Objective(
         loss="cispo", level="sequence", epsilon_high=4.0, kl="k2", beta=0.1, importance="sequence_mask",
         vespo_shape=(1.0, 2.0, 3.0, 4.0),
     )  # fmt: skip
-    assert args.estimator == Estimator(scale="none", mask_truncated=True)
+    assert args.advantage == Advantage(scale="none", mask_truncated=True)
     for loss in LOSSES:
-        check_objective(tyro.cli(Args, args=["--loss", loss]).objective)
+        flags(["--loss", loss]).objective.check()
 
 
 def test_flags_set_fields_of_the_objective():
@@ -841,8 +904,8 @@ def test_flags_set_fields_of_the_objective():
 
 def test_bounds_of_a_ratio_that_is_always_one_are_refused():
     for flags in ({"level": "sequence"}, {"epsilon": 0.1}, {"epsilon_high": 0.3}, {"delta": 3.0}):
-        check_objective(Objective(**flags), num_iterations=2)
-        check_objective(Objective(**flags))
+        Objective(**flags).check(num_iterations=2)
+        Objective(**flags).check()
         with pytest.raises(ValueError, match=r"--(level|epsilon|epsilon-high|delta) has no effect with one opt"):
-            check_objective(Objective(**flags), num_iterations=1)
-    check_objective(Objective(loss="gspo", beta=0.1), num_iterations=1)
+            Objective(**flags).check(num_iterations=1)
+    Objective(loss="gspo", beta=0.1).check(num_iterations=1)
