@@ -1,5 +1,6 @@
 """Tiny random models of the supported architectures, with a word-level tokenizer and a chat template."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -100,6 +101,17 @@ def load_recipe(path: Path):
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def recipe_args(recipe, **settings):
+    """A recipe's Args with these flags set, each in the group that has it."""
+    args = recipe.Args()
+    groups = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    groups = {name: group for name, group in groups.items() if dataclasses.is_dataclass(group)}
+    for name, group in groups.items():
+        own = {f.name for f in dataclasses.fields(group)} & settings.keys()
+        setattr(args, name, dataclasses.replace(group, **{field: settings.pop(field) for field in own}))
+    return dataclasses.replace(args, **settings)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 from conftest import load_recipe
 from transformers import AutoTokenizer
 
-from grpo.runs.cli import user_errors
-from grpo.runs.run import command_line, strip_times
+from grpo.errors import UserError
+from grpo.runs.cli import parse_args
+from grpo.runs.record import strip_times
 from grpo.tasks.tiny import Tiny, tiny_model
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart_grpo.py"
@@ -40,8 +40,7 @@ def quickstart(recipe, folder, monkeypatch):
         where = [] if "--resume" in words else ["--run-dir", directory, "--model", model]
         argv = [str(w) for w in [*where, *words]]
         monkeypatch.setattr(sys, "argv", ["quickstart_grpo.py", *argv])
-        with user_errors():
-            recipe.main(tyro.cli(recipe.Args, args=command_line()))
+        recipe.main(parse_args(recipe.Args))
         return [strip_times(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
     return run
@@ -53,22 +52,22 @@ def adapter(directory: Path) -> bytes:
 
 @pytest.fixture
 def some_digits(recipe, monkeypatch):
-    """A reward that also a model which cannot add gets: the share of digits among its characters."""
+    """A reward that a model which cannot add gets, too: the fraction of digits among its characters."""
     monkeypatch.setattr(
-        recipe, "correct", lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
+        recipe, "correctness", lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
     )
 
 
 @pytest.mark.usefixtures("some_digits")
 def test_a_step_that_counts_nothing_moves_nothing(recipe, quickstart, tmp_path, monkeypatch):
     """AdamW's momentum would go on without data."""
-    real, calls = recipe.counted_samples, []
+    real, calls = recipe.sample_mask, []
 
-    def counted(*arguments):
+    def mask(*arguments):
         calls.append(1)
         return real(*arguments) & (len(calls) <= 2)
 
-    monkeypatch.setattr(recipe, "counted_samples", counted)
+    monkeypatch.setattr(recipe, "sample_mask", mask)
     quickstart(tmp_path / "two", *SMALL.split(), "--steps", 2)
     calls.clear()
     quickstart(tmp_path / "three", *SMALL.split(), "--steps", 3)
@@ -127,39 +126,57 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_one_line(quickstart, tmp_path, capsys, words):
-    with pytest.raises(SystemExit) as stop:
+def test_bad_input_is_one_line(quickstart, tmp_path, words):
+    with pytest.raises(UserError) as error:
         quickstart(tmp_path / "a", *words.split())
-    assert stop.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert BAD[words] in errors[0]
+    assert BAD[words] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "a").exists()
 
 
-def test_a_run_is_never_overwritten(quickstart, tmp_path, capsys):
+def test_a_run_is_never_overwritten(quickstart, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").touch()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--run-dir"):
         quickstart(tmp_path / "a")
-    assert "--run-dir" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
 
 
-def test_a_model_without_chat_template(quickstart, folder, tmp_path, capsys):
+def test_a_model_without_chat_template(quickstart, folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="chat template"):
         quickstart(tmp_path / "a", model=tmp_path / "model")
-    assert "chat template" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 
-def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        recipe, "correct", lambda texts, ground_truths: [1.0] * 5
-    )  # as many as held-out questions, not samples
-    with pytest.raises(SystemExit):
+def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch):
+    """As many as held-out questions, not as many as samples."""
+    monkeypatch.setattr(recipe, "correctness", lambda texts, ground_truths: [1.0] * 5)
+    with pytest.raises(ValueError, match="returned 5 rewards for 8 completions"):
         quickstart(tmp_path / "a", *SMALL.split(), "--steps", 1)
-    assert "returned 5 rewards for 8" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("some_digits")
+def test_a_loss_of_ones_own_is_one_line(quickstart, tmp_path):
+    """A fork of the recipe with its own function in the place of `surrogate`, here REINFORCE, trains as that loss does
+    by its flag; and with a loss that pushes the other way the adapter ends elsewhere."""
+    line = "losses = surrogate(logps, old_logps, c, micro, objective)"
+    source = RECIPE.read_text()
+    assert source.count(line) == 1
+    words = [*SMALL.split(), "--steps", 2, "--importance", "none"]
+    quickstart(tmp_path / "flag", *words, "--loss", "reinforce", "--average", "token_mean")
+    for name, sign in (("own", "-"), ("away", "")):
+        own = "losses = my_loss(logps, micro.advantages[:, None], micro.mask)"
+        function = f"def my_loss(logps, advantages, mask):\n    return {sign}advantages * logps * mask\n\n\ndef main("
+        fork = tmp_path / f"fork_{name}.py"
+        fork.write_text(source.replace(line, own).replace("def main(", function))
+        module = load_recipe(fork)
+        module.correctness = lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
+        model = json.loads((tmp_path / "flag" / "run.json").read_text())["args"]["policy"]["model"]
+        argv = ["--run-dir", str(tmp_path / name), "--model", model, *map(str, words)]
+        module.main(parse_args(module.Args, argv))
+    assert adapter(tmp_path / "own") == adapter(tmp_path / "flag")
+    assert adapter(tmp_path / "away") != adapter(tmp_path / "flag")

@@ -1,8 +1,8 @@
-"""What the recipes call, from the model to the adapter's gradient: completion_logps, then policy_loss.
+"""What the recipes call, from the model to the adapter's gradient: completion_logps, then the objective.
 
 The path that CUDA takes (Triton kernels, in the interpreter where there is no GPU; rows without gradient left out) and
-the one taken elsewhere against the plain formulas: all logits in memory, autograd, every row. The functions of this
-file serve tests/gpu/test_recipe_path.py too."""
+the path taken elsewhere are compared with the plain formulas: all logits in memory, autograd, every row. The functions
+of this file serve tests/gpu/test_recipe_path.py, too."""
 
 import functools
 from typing import NamedTuple
@@ -12,16 +12,13 @@ import pytest
 import torch
 from conftest import write_model
 
-import grpo.logprobs
-import grpo.objective
 import grpo_kernels.linear_logprob as head
-from grpo.batch import MicroBatch, micro_batches
+from grpo.batch import MicroBatch, StepBatch, StepTotals, micro_batches, rows_with_gradient
 from grpo.distributed import World, sum_gradients
 from grpo.logprobs import completion_logps
-from grpo.losses import policy_terms, triton
-from grpo.objective import Objective, merge_metrics, policy_loss, rows_with_gradient
-from grpo.policy.models import load_policy, reference_policy, trainable_parameters
-from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from grpo.objective import Objective, merge_metrics, policy_loss, step_entropy_threshold
+from grpo.policy.models import Policy, load_policy, reference_policy, trainable_parameters
+from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference, triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +57,7 @@ def write_tiny(folder) -> str:
 
 def load(folder: str, device: str):
     """The recipes' policy, NF4 with LoRA, some steps on: at the start B is 0, and so is A's gradient."""
-    model = load_policy(folder, lora_rank=4, device=device)
+    model = load_policy(Policy(folder, lora_rank=4, lora_alpha=4), device=device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in trainable_parameters(model):
@@ -78,7 +75,7 @@ def make_problem(model) -> Problem:
     completions = [ids(n) for n in (12, 12, 9, 8, 8, 5, 3, 1)]
     micros = micro_batches(
         [ids(n) for n in (3, 3, 5, 4, 4, 6, 2, 3)], completions, [[0.0] * len(c) for c in completions], ADVANTAGES,
-        max_tokens=32, pad_id=0,
+        max_tokens=32, step=StepTotals(58, 8, 12),
     )  # fmt: skip
     old = []
     for i, micro in enumerate(micros):
@@ -100,37 +97,35 @@ def update(model, problem: Problem, objective: Objective, backend: str, *, every
     """One update as in the recipes, up to the adapter's gradient.
 
     backend: 'dispatched' (what the recipes get), 'triton', 'torch', or 'plain' for the formulas with all logits."""
-    if backend == "plain":
-        functions, every_row = (plain_linear_logprob, functools.partial(policy_terms, backend="torch")), True
-    elif backend == "dispatched":
-        functions = linear_logprob, policy_terms
-    else:
-        functions = tuple(functools.partial(f, backend=backend) for f in (linear_logprob, policy_terms))
+    function = plain_linear_logprob if backend == "plain" else linear_logprob
+    if backend in ("triton", "torch"):
+        function = functools.partial(linear_logprob, backend=backend)
+    every_row = every_row or backend == "plain" or bool(objective.beta or objective.entropy_bonus)
     device = next(model.parameters()).device
-    tokens, sequences = int(sum(m.mask.sum() for m in problem.micros)), len(ADVANTAGES)
+    forward = functools.partial(
+        completion_logps, model, temperature=TEMPERATURE, entropy_grad=objective.entropy_bonus > 0
+    )
     found, metrics = [], []
-    with (
-        mock.patch.object(grpo.logprobs, "linear_logprob", functions[0]),
-        mock.patch.object(grpo.objective, "policy_terms", functions[1]),
-    ):
-        micros = [MicroBatch(*(x.to(device) for x in m[:-1]), m.sequences) for m in problem.micros]
-        threshold = grpo.logprobs.step_entropy_threshold(
-            model, micros, objective, temperature=TEMPERATURE, world=World()
-        )
+    with mock.patch.object(head, "linear_logprob", function):
+        micros = [
+            MicroBatch(
+                *(x.to(device) for x in m[:5]), m.sequences, m.step, None if every_row else rows_with_gradient(m)
+            )
+            for m in problem.micros
+        ]
+        if not every_row:
+            micros = [micro._replace(needs_grad=rows_with_gradient(micro)) for micro in micros]
+        threshold = step_entropy_threshold(forward, StepBatch(micros, 58), objective, World(device=device))
         for micro, old in zip(micros, problem.old_logps):
             ref_logps = None
             if objective.beta:
                 with reference_policy(model):
-                    ref_logps, _ = completion_logps(model, micro, temperature=TEMPERATURE)
-            rows = rows_with_gradient(objective, micro.advantages, micro.mask)
-            logps, entropy = completion_logps(
-                model, micro, temperature=TEMPERATURE, entropy_grad=objective.entropy_bonus > 0,
-                grad_rows=None if every_row else rows,
-            )  # fmt: skip
+                    ref_logps, _ = forward(micro)
+            logps, entropy = forward(micro)
             loss, of_micro = policy_loss(
                 logps, old.to(device), micro.advantages, micro.mask, objective, ref_logps=ref_logps,
-                sampler_logps=micro.sampler_logps, entropy=entropy, entropy_threshold=threshold, token_count=tokens,
-                sequence_count=sequences, max_completion_length=12,
+                sampler_logps=micro.sampler_logps, entropy=entropy, entropy_threshold=threshold,
+                token_count=micro.step.tokens, sequence_count=micro.step.sequences, max_completion_length=12,
             )  # fmt: skip
             loss.backward()
             metrics.append(of_micro)

@@ -1,17 +1,21 @@
-"""Each big recipe as a user starts it, on a tiny random model of its architecture; its plan; its page in the docs."""
+"""What the recipes share is the same word for word; each big recipe as a user starts it, on a tiny random model of its
+architecture; its plan; its page in the docs."""
 
+import difflib
+import itertools
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import load_recipe, write_byte_model
+from conftest import load_recipe, recipe_args, write_byte_model
 from safetensors.torch import load_file
 
-from grpo.runs.run import read_metrics, read_run
+from grpo.runs.record import read_metrics, read_run
 
 ROOT = Path(__file__).parent.parent
 MATH = ["\\frac{1}{2}", "7", "3", "x+1", "48", "\\sqrt{12}"]
@@ -76,9 +80,10 @@ def test_a_recipe_runs_and_its_page_explains_what_it_logs(name, data, tmp_path):
     if recipe.architecture == "phi3":
         assert {n.split(".")[-3] for n in moved} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 
+    metrics = (ROOT / "docs" / "metrics.md").read_text()
     page = (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
-    unexplained = [key for key in lines[-1] if key not in ("schema", "step", "times") and f"`{key}`" not in page]
-    assert not unexplained
+    logged = [key for key in lines[-1] if key not in ("schema", "step", "times")]
+    assert not [key for key in logged if f"`{key}`" not in metrics + page]
     assert f"docs/recipes/{name}.md" in path.read_text()
     assert f"docs/recipes/{name}.md" in (ROOT / "README.md").read_text()
 
@@ -87,14 +92,15 @@ def test_a_recipe_runs_and_its_page_explains_what_it_logs(name, data, tmp_path):
 def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsys):
     recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
     model = str(write_byte_model(tmp_path / "model", RECIPES[name].architecture, []))
-    recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gib=15, dry_run=True))
+    recipe.main(recipe_args(recipe, model=model, run_dir=tmp_path / "run", gpu_memory_gib=15, dry_run=True))
     printed = capsys.readouterr().out
     assert "limit 15.00" in printed
     defaults = recipe.Args()
-    tokens = defaults.prompts_per_step * defaults.group_size * (256 + defaults.max_completion_tokens)
+    rollout = defaults.rollout
+    tokens = defaults.prompts_per_step * rollout.group_size * (256 + rollout.max_completion_tokens)
     assert f"{tokens:,} tokens a step at most" in printed
     with pytest.raises(ValueError, match="raise --gpu-memory-gib"):
-        recipe.main(recipe.Args(model=model, run_dir=tmp_path / "run", gpu_memory_gib=0.5))
+        recipe.main(recipe_args(recipe, model=model, run_dir=tmp_path / "run", gpu_memory_gib=0.5))
     assert not (tmp_path / "run").exists()
 
 
@@ -102,13 +108,13 @@ def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsy
 def test_the_samplers_flags_reach_the_engine(name, data, tmp_path):
     recipe = load_recipe(ROOT / "recipes" / f"{name}_grpo.py")
     model = str(write_byte_model(tmp_path / "model", RECIPES[name].architecture, []))
-    handed = {}
+    handed = []
 
     class Seen(Exception):
         pass
 
-    def make_engine(kind, model, **settings):
-        handed.update(settings, kind=kind)
+    def make_engine(*arguments):
+        handed.extend(arguments)
         raise Seen
 
     recipe.make_engine = make_engine
@@ -116,11 +122,80 @@ def test_the_samplers_flags_reach_the_engine(name, data, tmp_path):
     flags |= {"max_prompt_tokens": 900, "max_completion_tokens": 200, "gpu_memory_gib": 15}
     flags |= {"data": str(data / RECIPES[name].data)} if RECIPES[name].data else {"train_puzzles": 30}
     with pytest.raises(Seen):
-        recipe.main(recipe.Args(model=model, **flags))
-    names = ("max_prompt_tokens", "max_completion_tokens", "kv_cache_dtype", "fused_nf4")
-    assert handed["kind"] == "torch"
-    assert {n: handed[n] for n in names} == {n: flags[n] for n in names}
-    assert 0 < handed["gpu_memory_gib"] < 15  # the limit, less what the optimizer will take
+        recipe.main(recipe_args(recipe, model=model, **flags))
+    _, _, rollout, card, plan = handed
+    assert (rollout.max_prompt_tokens, rollout.max_completion_tokens) == (900, 200)
+    assert (card.engine, card.kv_cache_dtype, card.fused_nf4) == ("torch", "fp8", False)
+    assert 0 < plan.engine_gib < 15  # the limit, less what the optimizer will take
+
+
+def blocks(path: Path) -> dict[str, str]:
+    """Title -> text of each block of a recipe: what stands behind "# --- title", without indentation, and what the
+    title's own comment says. A block ends where the next begins, or where the function does."""
+    found: dict[str, list[str]] = {}
+    title = "imports"
+    for line in path.read_text().splitlines():
+        if line.lstrip().startswith("# --- "):
+            title = line.split("---")[1].split(":")[0].split(".")[0].strip()
+        elif line.startswith("    if run.start_step"):
+            title = "loop"
+        elif line.startswith("    def evaluate"):
+            title = "evaluate"
+        elif line.startswith("if __name__"):
+            title = "end"
+        found.setdefault(title, []).append(line)
+    return {name: textwrap.dedent("\n".join(lines)) for name, lines in found.items()}
+
+
+def without_comments(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+
+
+ALL = sorted(path.stem.removesuffix("_grpo") for path in (ROOT / "recipes").glob("*.py"))
+ITERATED = {"qwen25_7b", "smollm2"}
+"""recipes that take several optimizer steps on a batch"""
+SHARED = {  # block -> the recipes in which it is another one, for the idea that they are about
+    "policy, engine, optimizer": set(),
+    "evaluate": {"countdown_zero", "quickstart"},
+    "loop": set(),
+    "sample": {"countdown_zero"},
+    "score": set(),
+    "advantage": set(),
+    "update": ITERATED,
+    "what happened": {"countdown_zero"},
+    "end": set(),
+}
+
+
+@pytest.mark.parametrize("title", SHARED)
+def test_shared_blocks_are_identical(title):
+    """Word for word. Only the comment that states the formula differs, where the formula does."""
+    texts = {name: without_comments(blocks(ROOT / "recipes" / f"{name}_grpo.py")[title]) for name in ALL}
+    same = set(ALL) - SHARED[title]
+    assert len({texts[name] for name in same}) == 1
+    assert len(texts["phi4"].splitlines()) > 1
+    if title == "update":
+        assert len({texts[name] for name in ITERATED}) == 1
+        # Within the loop over micro-batches, only where pi_old comes from differs.
+        plain, several = (
+            [line.strip() for line in texts[name].splitlines() if "parts.append" not in line]
+            for name in ("phi4", "qwen25_7b")
+        )
+        missing = [line for line in plain if line not in several]
+        assert len(missing) == 2
+        assert missing[0].startswith("for micro in batch.micros")
+        assert missing[1].startswith("old_logps = logps.detach()")
+
+
+def test_recipes_differ_by_what_they_are_about():
+    """Five of the recipes for GPUs differ by prompt, data, defaults and rewards alone."""
+    bodies = {}
+    for name in ("llama31_8b", "phi4", "llama33_70b", "mistral_7b", "qwen25_1_5b"):
+        text = (ROOT / "recipes" / f"{name}_grpo.py").read_text()
+        bodies[name] = text.split('"""', 2)[2].splitlines()
+    for one, other in itertools.combinations(bodies.values(), 2):
+        changed = [line for line in difflib.ndiff(one, other) if line[0] in "+-"]
+        assert len(changed) <= 60
 
 
 def test_self_checks_are_looked_for_in_the_reasoning_alone():

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import load_recipe
+from conftest import load_recipe, recipe_args
 
-from grpo.objective import Objective
-from grpo.runs.run import read_metrics
+from grpo.runs.record import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "smollm2_grpo.py"
@@ -23,11 +22,11 @@ def recipe():
 @pytest.fixture
 def small(recipe, model_folder, tmp_path, monkeypatch):
     """The recipe's Args for a run of two steps, with a reward that random text gets too."""
-    monkeypatch.setattr(recipe, "correct", lambda texts, ground_truths: [float("w2" in t) for t in texts])
+    monkeypatch.setattr(recipe, "correctness", lambda texts, ground_truths, **_: [float("w2" in t) for t in texts])
 
     def args(name="run", **settings):
         defaults = {"steps": 2, "prompts_per_step": 2, "group_size": 4, "eval_questions": 4, "max_completion_tokens": 8}
-        return recipe.Args(**({"model": model_folder(), "run_dir": tmp_path / name} | defaults | settings))
+        return recipe_args(recipe, **({"model": model_folder(), "run_dir": tmp_path / name} | defaults | settings))
 
     return args
 
@@ -59,10 +58,19 @@ def test_gsm8k_from_a_local_folder(recipe, small, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_limit_of_an_answer_goes_by_the_data(recipe, small, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(recipe, "make_plan", lambda policy, rollout, *_, **__: limits.append(rollout) or 1 / 0)
+    for data, limit in (("arithmetic", None), ("gsm8k", None), ("gsm8k", 7)):
+        with pytest.raises(ZeroDivisionError):
+            recipe.main(small(data=data, max_completion_tokens=limit))
+    assert [rollout.max_completion_tokens for rollout in limits] == [24, 256, 7]
+
+
 def test_several_iterations_leave_the_old_policy_and_move_the_kl(recipe, small, tmp_path):
     settings = {"num_iterations": 3, "learning_rate": 3e-2, "warmup_steps": 0, "prompts_per_step": 4, "group_size": 8}
-    recipe.main(small(objective=Objective(loss="grpo", beta=0.1), **settings))
-    recipe.main(small("once", objective=Objective(loss="grpo", beta=0.1), **(settings | {"num_iterations": 1})))
+    recipe.main(small(loss="grpo", beta=0.1, **settings))
+    recipe.main(small("once", loss="grpo", beta=0.1, **(settings | {"num_iterations": 1})))
     several, once = (read_metrics(tmp_path / name / "metrics.jsonl")[1:] for name in ("run", "once"))
     assert [line["ratio_max"] for line in once] == [1.0, 1.0]
     assert all(line["ratio_max"] > 1.01 and line["approx_kl"] > 0 for line in several)
@@ -72,9 +80,8 @@ def test_several_iterations_leave_the_old_policy_and_move_the_kl(recipe, small, 
 
 def test_micro_batches_change_no_metric_under_an_entropy_quantile(recipe, small, tmp_path):
     """The threshold is the whole step's, so memory alone depends on --micro-batch-tokens, as its help says."""
-    objective = Objective(loss="dapo", top_entropy_quantile=0.2)
     for name, tokens in (("one", 10**6), ("many", 1)):
-        recipe.main(small(name, objective=objective, micro_batch_tokens=tokens, steps=1))
+        recipe.main(small(name, top_entropy_quantile=0.2, micro_batch_tokens=tokens, steps=1))
     one, many = (read_metrics(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "many"))
     assert 0.18 < one["high_entropy"] < 0.22
     assert many["high_entropy"] == pytest.approx(one["high_entropy"])
@@ -84,9 +91,8 @@ def test_micro_batches_change_no_metric_under_an_entropy_quantile(recipe, small,
 
 def test_a_continued_adapter_is_its_own_reference(recipe, small, tmp_path):
     recipe.main(small(learning_rate=3e-2, warmup_steps=0))
-    settings = {"adapter": tmp_path / "run" / "adapter", "objective": Objective(loss="dapo", beta=0.1)}
-    recipe.main(small("continued", **settings))
-    recipe.main(small("fresh", objective=settings["objective"]))
+    recipe.main(small("continued", adapter=tmp_path / "run" / "adapter", beta=0.1))
+    recipe.main(small("fresh", beta=0.1))
     kl = [read_metrics(tmp_path / name / "metrics.jsonl")[1]["kl"] for name in ("continued", "fresh")]
     assert kl == pytest.approx([0, 0], abs=1e-6)
     config = json.loads((tmp_path / "continued" / "adapter" / "adapter_config.json").read_text())
@@ -110,10 +116,8 @@ def test_a_resume_with_another_reference_is_refused(recipe, small, tmp_path):
 @pytest.mark.parametrize("drop", [True, False])
 def test_a_step_without_variance_changes_nothing(recipe, small, tmp_path, monkeypatch, drop):
     """No group counts, so there is no micro-batch at all, or none that has a gradient: the run goes on."""
-    from grpo.advantages import Estimator
-
-    monkeypatch.setattr(recipe, "correct", lambda texts, ground_truths: [1.0 for _ in texts])
-    recipe.main(small(estimator=Estimator(drop_zero_variance=drop), warmup_steps=0))
+    monkeypatch.setattr(recipe, "correctness", lambda texts, ground_truths, **_: [1.0 for _ in texts])
+    recipe.main(small(drop_zero_variance=drop, warmup_steps=0))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [line["zero_variance"] for line in lines] == [1.0, 1.0]
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
