@@ -8,33 +8,47 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 from grpo.distributed import World
-from grpo.runs.run import Run, start_run
+from grpo.runs.cli import parse_args
+from grpo.runs.record import open_record
+from grpo.runs.run import Run, RunFlags
+from grpo.sampler import Completion, Question, Samples
+
+RECIPE = Path(__file__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Flags of the stub's adapter, which it does not have."""
+
+    lora_alpha: int = 32
+    """number that a resume cannot change"""
 
 
 @dataclass
 class Args:
-    """What `start_run` reads of a recipe's arguments."""
+    """A recipe's arguments, as few as a run needs."""
 
     steps: int = 6
-    seed: int = 0
-    run_dir: Path | None = None
-    resume: Path | None = None
-    save_every: int = 2
-    track: str = "none"
+    """optimizer steps"""
     learning_rate: float = 0.1
-    lora_alpha: int = 32
+    """learning rate of the first step"""
+    adapter: Adapter = Adapter()
+    run: RunFlags = RunFlags(save_every=2)
 
 
-RECIPE = Path(__file__)
+def arguments(**values) -> Args:
+    """`Args` by the names of its flags."""
+    flags = {f.name: values.pop(f.name) for f in fields(RunFlags) if f.name in values}
+    adapter = Adapter(values.pop("lora_alpha", 32))
+    return Args(**values, adapter=adapter, run=RunFlags(**{"save_every": 2, **flags}))
 
 
 def parts(args: Args) -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -44,30 +58,38 @@ def parts(args: Args) -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.opt
     return model, optimizer, scheduler
 
 
-def train(args: Args, *, world: World | None = None, pause: float = 0.0, at_step=None, **options) -> Run:
+def begin(args: Args, *, world: World | None = None, inputs=None, **options) -> Run:
+    """A run of the stub, made or resumed."""
+    record = open_record(args, recipe=RECIPE, world=world, inputs=inputs)
+    return Run(record, *parts(args), **options)
+
+
+def make_samples(prompts: Sequence[str], texts: Sequence[str]) -> Samples:
+    """Samples of a group of answers to each prompt."""
+    questions = [Question(prompt, "", list(prompt.encode())) for prompt in prompts]
+    completions = [Completion([1], [0.0], False) for _ in texts]
+    return Samples(questions, len(texts) // len(prompts), completions, list(texts), 1)
+
+
+def train(args: Args, *, pause: float = 0.0, at_step=None, **options) -> Run:
     """The loop of a recipe. at_step: called with (run, step) in the middle of each step."""
-    run = start_run(args, recipe=RECIPE, world=world, **options)
-    model, optimizer, scheduler = parts(args)
-    run.restore(model, optimizer, scheduler)
+    run = begin(args, **options)
     if run.start_step == 0:
         run.log(0, {"eval/pass_at_1": 0.0})
     for step in run.steps(args.steps):
         with run.phase("generate"):
             x = torch.randn(8, 4) + random.random() + np.random.rand()
             time.sleep(pause)
-        loss = (model(x) - x[:, :2]).square().mean()
+        loss = (run.model(x) - x[:, :2]).square().mean()
         loss.backward()
         if run.guard_finite(step, loss, 1.0, (x,)):
-            optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.scheduler.step()
         if at_step:
             at_step(run, step)
-        run.log(step, {"reward": -loss, "tokens": 8, "lr": scheduler.get_last_lr()[0]})
-        run.save_completions(step, ["p"], [f"answer {step}"], {"correct": [1.0]}, [0.0])
-        if run.due(step):
-            run.save(step, model, optimizer, scheduler)
-    run.finish(model)
+        run.log(step, {"reward": -loss, "tokens": 8, "lr": run.scheduler.get_last_lr()[0]})
+        run.save_completions(step, make_samples(["p"], [f"answer {step}"]), {"correct": [1.0]}, torch.zeros(1, 1))
     return run
 
 
@@ -117,8 +139,43 @@ def announce_lines(pipe: int, stop_after: int) -> None:
     Run.log = log  # type: ignore[method-assign]
 
 
+def killed_before_each_file_operation(directory: Path, every: int, first: int) -> None:
+    """Kill the stub before its n-th operation on a file, for n = first, first + every, ..., and resume it, until a
+    child comes to the end of its run. Each n has a directory of its own, `directory`/n."""
+    from grpo.runs import run
+
+    run.redraw = lambda directory: None  # the curves take longer than all the rest, and nothing depends on them
+    for count in itertools.count(first, every):
+        folder = directory / str(count)
+        child = os.fork()
+        if child == 0:
+            kill_before_file_operation(directory, count)
+            train(arguments(steps=3, save_every=1, run_dir=folder))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        begun = folder.exists()
+        train(arguments(steps=3, save_every=1, **{"resume" if begun else "run_dir": folder}))
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            print(f"{count} operations at most")
+            return
+
+
+def kill_before_file_operation(directory: Path, count: int) -> None:
+    """Have this process open, rename and remove files under `directory` `count` times, and die before the next time."""
+    process, done = os.getpid(), itertools.count()
+
+    def before_operation(event: str, operands: tuple) -> None:
+        if os.getpid() == process and event.startswith(("open", "os.", "shutil.")):
+            paths = [str(a) for a in operands if isinstance(a, (str, os.PathLike))]
+            if any(str(directory) in path for path in paths) and next(done) == count:
+                os.kill(process, signal.SIGKILL)
+
+    sys.addaudithook(before_operation)
+
+
 def stub(directory: list[str]) -> None:
-    train(tyro.cli(Args, args=["--steps", "150", "--save-every", "3", *directory]), pause=0.02)
+    train(parse_args(Args, ["--steps", "90", "--save-every", "3", *directory]), pause=0.01)
 
 
 def recipe(directory: list[str]) -> None:
@@ -132,19 +189,22 @@ def recipe(directory: list[str]) -> None:
         "engine": "torch",
     }  # fmt: skip
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    quickstart_grpo.main(tyro.cli(quickstart_grpo.Args, args=[*argv, *directory]))
+    quickstart_grpo.main(parse_args(quickstart_grpo.Args, [*argv, *directory]))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run = {"stub": stub, "recipe": recipe}[sys.argv[1]]
-    directory, kills, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    if run is recipe:
+    what, directory, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if what == "recipe":
         sys.path.insert(0, str(RECIPE.parent.parent / "recipes"))
         import quickstart_grpo  # noqa: F401
-    if kills:
+    program = {"stub": stub, "recipe": recipe}.get(what)
+    if number:
         # What is imported late is so once, not in each child: the kills would hit nothing else.
-        train(Args(run_dir=directory.with_name("warm-up"), steps=2))
-        killed_often(run, directory, kills, seed, start=0.3 if run is stub else 2.0)
+        train(arguments(run_dir=directory.with_name("warm-up"), steps=2))
+    if program is None:
+        killed_before_each_file_operation(directory, every=number, first=int(sys.argv[4]))
+    elif number:
+        killed_often(program, directory, number, seed=5, start=0.3 if program is stub else 2.0)
     else:
-        run(["--run-dir", str(directory)])
+        program(["--run-dir", str(directory)])

@@ -1,24 +1,22 @@
 """Checkpoints: the same bits back, whole or absent, refused by name when damaged."""
 
 import errno
-import json
+import io
 import os
 import random
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo.runs import checkpoint as module
+from grpo.errors import UserError
 from grpo.runs.checkpoint import (
     best_checkpoint,
-    join_tensors,
     list_checkpoints,
     load_adapter,
     newest_checkpoint,
@@ -27,8 +25,8 @@ from grpo.runs.checkpoint import (
     rng_state,
     save_adapter,
     save_checkpoint,
+    serialize,
     set_rng_state,
-    split_tensors,
     verify_checkpoint,
 )
 
@@ -61,55 +59,6 @@ def save(folder, step=1, seed=0, score=None, **changed):
     update(model, optimizer, scheduler, 2)
     given = {"rng": [rng_state(CPU)], "state": {"metrics_bytes": 7}, "score": score, **changed}
     return save_checkpoint(folder, step, model, optimizer, scheduler, **given)
-
-
-# ------------------------------------------------------------------------------------------------ trees of tensors
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-trees = st.recursive(
-    scalars,
-    lambda t: (
-        st.lists(t, max_size=3)
-        | st.lists(t, max_size=3).map(tuple)
-        | st.dictionaries(st.text(max_size=3), t, max_size=3)
-        | st.dictionaries(st.integers(), t, max_size=3)
-    ),
-    max_leaves=10,
-)
-
-
-def same(a, b) -> bool:
-    """Equality of values and of types, so that 1 is not True and (1,) is not [1]."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-@given(trees)
-def test_trees_come_back_through_json_with_their_types(tree):
-    assert same(join_tensors(json.loads(json.dumps(split_tensors(tree, "t", {}))), {}), tree)
-
-
-def test_tensors_are_taken_out_and_put_back():
-    shared = torch.arange(3)
-    tensors: dict[str, torch.Tensor] = {}
-    tree = {0: {"a": shared, "b": [shared[1:]]}, 1: torch.tensor(2.5, dtype=torch.float64)}
-    stored = json.loads(json.dumps(split_tensors(tree, "t", tensors)))
-    assert {name: t.tolist() for name, t in tensors.items()} == {"t.0.a": [0, 1, 2], "t.0.b.0": [1, 2], "t.1": 2.5}
-    shared.zero_()  # what was stored is a copy
-    back = join_tensors(stored, tensors)
-    assert back[0]["a"].tolist() == [0, 1, 2]
-    assert back[1].dtype == torch.float64
-
-
-@pytest.mark.parametrize("bad", [{"x": {"f": len}}, {"x": {"f": {1, 2}}}, {"x": {"f": np.zeros(2)}}])
-def test_what_needs_pickle_is_refused_with_its_place(bad):
-    with pytest.raises(TypeError, match=r"^t\.x\.f: a \w+ cannot be stored without pickle"):
-        split_tensors(bad, "t", {})
 
 
 # ---------------------------------------------------------------------------------------------------- whole states
@@ -160,16 +109,31 @@ def test_generators_restore_a_pending_gaussian():
     np.random.seed(0)
     np.random.randn()  # NumPy draws two and keeps one
     random.gauss(0, 1)
-    state = json.loads(json.dumps(split_tensors(rng_state(CPU), "rng", tensors := {})))
+    state = io.BytesIO(serialize(rng_state(CPU)))
     expected = (np.random.randn(), random.gauss(0, 1))
-    set_rng_state(join_tensors(state, tensors), CPU)
+    set_rng_state(torch.load(state, weights_only=True), CPU)
     assert (np.random.randn(), random.gauss(0, 1)) == expected
 
 
-def test_files_are_safetensors_and_json_only(tmp_path):
-    path = save(tmp_path)
-    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    assert names == {"adapter/adapter_model.safetensors", "training.safetensors", "manifest.json"}
+class Scheduler:
+    """Its state holds an object that only unpickling could make."""
+
+    def state_dict(self):
+        return {"rate": np.float64(0.5)}
+
+
+def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved(tmp_path):
+    model, optimizer, _ = parts()
+    with pytest.raises(TypeError, match="refuses this state; store numbers, text and tensors"):
+        save_checkpoint(tmp_path, 1, model, optimizer, Scheduler(), rng=[], state={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr("grpo.runs.checkpoint.SCHEMA", 3)
+    with pytest.raises(UserError, match="its schema is 2, and this version reads 3"):
+        newest_checkpoint(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
@@ -203,7 +167,7 @@ def test_an_adapter_loads_in_peft_and_transformers(policy, model_folder, tmp_pat
     assert torch.equal(in_transformers(ids).logits, expected)
     # peft's own writer gives the same tensors under the same names.
     model.save_pretrained(tmp_path / "peft")
-    ours, peft = (module.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "peft"))
+    ours, peft = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "peft"))
     assert ours.keys() == peft.keys()
     assert all(torch.equal(ours[name], peft[name]) for name in ours)
     assert model.peft_config["default"].inference_mode is False  # the live model is untouched
@@ -234,19 +198,21 @@ def test_a_frozen_reference_adapter_is_neither_written_nor_overwritten(policy, t
 
 def test_another_rank_or_other_targets_are_refused_by_name(policy, tmp_path):
     save_adapter(policy(1), tmp_path)
-    with pytest.raises(ValueError, match=r"lora_A\.weight is \[4, 64\], the model's is \[2, 64\]; model, LoRA rank"):
+    with pytest.raises(
+        UserError, match=r"lora_A\.weight is \[4, 64\], the model's is \[2, 64\]; take the model, LoRA rank"
+    ):
         load_adapter(policy(1, rank=2), tmp_path)
-    with pytest.raises(ValueError, match=r"lora_A\.weight: the model has no such trainable parameter"):
+    with pytest.raises(UserError, match=r"lora_A\.weight: the model has no such trainable parameter"):
         load_adapter(torch.nn.Linear(2, 2), tmp_path)
     os.remove(tmp_path / "adapter_model.safetensors")
     save_adapter(torch.nn.Linear(2, 2), tmp_path)
-    with pytest.raises(ValueError, match=r"the file lacks it|no such trainable"):
+    with pytest.raises(UserError, match=r"the file lacks it|no such trainable"):
         load_adapter(policy(1), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- torn, corrupt, no room
 
-FILES = ["manifest.json", "training.safetensors", "adapter/adapter_model.safetensors"]
+FILES = ["manifest.json", "training.pt", "adapter/adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -272,8 +238,8 @@ def test_damage_is_refused_by_name_and_the_one_before_is_used(tmp_path, file, da
 def test_when_every_checkpoint_is_refused_the_error_names_each(tmp_path):
     assert newest_checkpoint(tmp_path / "none") == (None, [])
     for step in (1, 2):
-        (save(tmp_path, step) / "training.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"(?s)no checkpoint of the run is whole.*step-000002.*step-000001"):
+        (save(tmp_path, step) / "training.pt").unlink()
+    with pytest.raises(UserError, match=r"(?s)no checkpoint of the run is whole.*step-000002.*step-000001"):
         newest_checkpoint(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 2  # nothing was moved
 
@@ -315,10 +281,10 @@ def test_wherever_writing_ends_the_checkpoint_is_whole_or_absent(tmp_path, monke
 def test_a_full_disk_is_an_oserror_and_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(*args, **kwargs):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device") as error:
         save(tmp_path, 2)
     assert error.value.errno == errno.ENOSPC

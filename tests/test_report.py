@@ -9,10 +9,10 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from run_driver import RECIPE, Args, train
+from run_driver import arguments, begin, make_samples, train
 
-from grpo.runs.report import write_report
-from grpo.runs.run import start_run
+from grpo.errors import UserError
+from grpo.runs.report import _figure, redraw
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> 7 < 8 & 9"
 
@@ -21,13 +21,14 @@ HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"doc
 def directory(tmp_path_factory):
     """A run with curves, an alarm, hostile samples, and held-out questions before and after."""
     directory = tmp_path_factory.mktemp("runs") / "run <i>name"
-    run = start_run(Args(run_dir=directory), recipe=RECIPE)
+    run = begin(arguments(run_dir=directory))
     for step in range(13):
         run.log(step, {"reward": step / 10, "kl": 0.7, "eval/pass_at_1": None if step % 6 else step / 24})
     for step, answer in ((0, "I do not know\u2028at\x85all"), (12, "It is 7")):
-        run.save_completions(step, ["Q: 3+4?", "other"], [answer, "x"], {"correct": [step / 12, 0]}, split="eval")
-    completions = ["worst", HOSTILE, "middle", "middle", "middle"]
-    run.save_completions(10, ["What is 7+1?"], completions, {"correct": [0, 1, 0, 0, 0]}, [-1.0, 2.0, 0, 0, 0])
+        samples = make_samples(["Q: 3+4?", "other"], [answer, "x"])
+        run.save_completions(step, samples, {"correct": [step / 12, 0]}, split="eval")
+    samples = make_samples(["What is 7+1?"], ["worst", HOSTILE, "middle", "middle", "middle"])
+    run.save_completions(10, samples, {"correct": [0, 1, 0, 0, 0]}, [-1.0, 2.0, 0, 0, 0])
     run.refresh()
     return directory
 
@@ -35,7 +36,7 @@ def directory(tmp_path_factory):
 def test_the_report_says_what_the_run_did(directory):
     page = (directory / "report.html").read_text()
     assert "<h1>run &lt;i&gt;name</h1>" in page
-    assert "KL to the reference is 0.70 nats a token" in page
+    assert "KL to the reference is 0.70 nats per token" in page
     assert "<td>reward</td><td>0 <small>step 0</small></td><td>1.2 <small>step 12</small></td>" in page
     assert "<td>eval/pass_at_1</td><td>0 <small>step 0</small></td><td>0.5 <small>step 12</small></td>" in page
     before, after = page.index("I do not know"), page.index("It is 7")
@@ -56,19 +57,29 @@ def test_the_report_needs_nothing_else_and_escapes_what_models_wrote(directory):
 
 
 def test_a_report_without_data_yet(tmp_path):
-    run = start_run(Args(run_dir=tmp_path / "run"), recipe=RECIPE)
+    run = begin(arguments(run_dir=tmp_path / "run"))
     run.refresh()  # nothing logged: nothing drawn
     assert not (tmp_path / "run/report.html").exists()
-    write_report(tmp_path / "run", [], [])
+    redraw(tmp_path / "run")
     assert "no curves yet" in (tmp_path / "run/report.html").read_text()
 
 
-def test_only_panels_with_data_are_drawn():
-    from grpo.runs.report import _figure
+def test_a_report_is_drawn_again_from_the_directory_alone(directory, tmp_path):
+    copy = tmp_path / directory.name
+    shutil.copytree(directory, copy)
+    for name in ("rewards.png", "report.html"):
+        (copy / name).unlink()
+    redraw(copy)
+    for name in ("rewards.png", "report.html"):
+        assert (copy / name).read_bytes() == (directory / name).read_bytes()
+    with pytest.raises(UserError, match="holds no run"):
+        redraw(tmp_path)
 
+
+def test_only_panels_with_data_are_drawn():
     lines = [{"step": 1, "reward": 1.0, "kl": None, "clip_low": 0.1, "clip_high": 0.2, "times": {}}]
     axes = [axis for axis in _figure(lines, "title").axes if axis.axison]
-    assert [axis.get_title() for axis in axes] == ["reward", "shares: truncated, zero variance, clipped"]
+    assert [axis.get_title() for axis in axes] == ["reward", "fractions: truncated, zero variance, clipped"]
     assert [list(line.get_ydata()) for line in axes[1].lines] == [[0.1], [0.2]]
 
 
@@ -78,7 +89,7 @@ def test_curves_are_redrawn_while_the_run_goes_on(tmp_path):
     def look(run, step):
         seen.append((tmp_path / "run/report.html").exists() and (tmp_path / "run/rewards.png").exists())
 
-    train(Args(run_dir=tmp_path / "run", steps=3), at_step=look, refresh_seconds=1e-6)
+    train(arguments(run_dir=tmp_path / "run", steps=3), at_step=look, refresh_seconds=1e-6)
     assert seen[-1]
     assert not list((tmp_path / "run").glob(".tmp-*"))
 

@@ -1,1 +1,1 @@
-"""Runs: the training loop's record, checkpoints, report and views."""
+"""A training run: its loop, and the directory that it writes."""

@@ -1,32 +1,38 @@
-"""Checkpoints that are whole or absent: safetensors and JSON only, written aside, checksummed, then renamed.
+"""Checkpoints that are either whole or absent: written aside, synced to disk, checksummed, then renamed.
 
 checkpoints/step-000050/
-    adapter/adapter_model.safetensors    the trainable weights; with adapter_config.json peft and vLLM load it
-    training.safetensors                 optimizer state, random-number states
-    manifest.json                        a line with the SHA-256 of the rest; the rest of the state as JSON, and
-                                         the SHA-256 of every other file
+    adapter/adapter_model.safetensors    the trainable weights; with adapter_config.json, peft and vLLM load them
+    training.pt                          the states of optimizer, scheduler and every rank's random-number generators
+    manifest.json                        first line: SHA-256 of the rest. The rest: step, score, the run's own state,
+                                         and the SHA-256 of every other file
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from grpo.errors import UserError
+from grpo.lazy import torch
 
+if TYPE_CHECKING:
+    from torch import nn
+
+SCHEMA = 2
+"""version of the checkpoint's files"""
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINING = "training.pt"
 
 
 class Checkpoint(NamedTuple):
@@ -34,62 +40,22 @@ class Checkpoint(NamedTuple):
 
     path: Path
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     score: float | None
-    """what "best" is decided by; None: not measured yet"""
+    """value that decides which checkpoint is the best; None: not measured at this step"""
     state: dict[str, Any]
-    """what `save_checkpoint` was given as `state`"""
+    """the `state` that `save_checkpoint` was given"""
 
 
-# ------------------------------------------------------------------------------------------ state as JSON + tensors
-
-
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The JSON form of nested dicts, lists, tuples and scalars; each tensor goes to `tensors` under the name of its
-    place in the tree. `join_tensors` is the inverse, to the bit and to the type (tuples, integer keys).
-
-    Raises TypeError, naming the place, for anything else: it could be stored only by pickling."""
-    if isinstance(tree, torch.Tensor):
-        # Cloned: safetensors refuses tensors that share memory, as 8-bit optimizers' quantization maps do.
-        tensors[prefix] = tree.detach().to("cpu", copy=True).contiguous()
-        return {"__tensor__": prefix}
-    if isinstance(tree, Mapping):
-        keys = [k if isinstance(k, str) else {"__int__": k} for k in tree]
-        if any(not isinstance(k, (str, int)) for k in tree):
-            raise TypeError(f"{prefix}: a key of this dictionary is neither a string nor an integer")
-        items = [split_tensors(v, f"{prefix}.{k}", tensors) for k, v in tree.items()]
-        if all(isinstance(k, str) for k in tree):
-            return dict(zip(tree, items))
-        return {"__items__": [[k, v] for k, v in zip(keys, items)]}
-    if isinstance(tree, tuple):
-        return {"__tuple__": [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(tree)]}
-    if isinstance(tree, list):
-        return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(tree)]
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise TypeError(f"{prefix}: a {type(tree).__name__} cannot be stored without pickle; store numbers, text, tensors")
-
-
-def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `split_tensors`."""
-    if isinstance(tree, list):
-        return [join_tensors(v, tensors) for v in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if "__tuple__" in tree:
-        return tuple(join_tensors(v, tensors) for v in tree["__tuple__"])
-    if "__items__" in tree:
-        pairs = ((k["__int__"] if isinstance(k, dict) else k, v) for k, v in tree["__items__"])
-        return {k: join_tensors(v, tensors) for k, v in pairs}
-    return {k: join_tensors(v, tensors) for k, v in tree.items()}
+# ------------------------------------------------------------------------------------------ random-number generators
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators of Python, NumPy, torch's CPU and, where `device` is one, the GPU."""
+    """The states of the generators of Python, NumPy, torch's CPU and, where `device` is a GPU, that GPU."""
+    import numpy as np
+
     numpy: Any = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()  # torch.load(weights_only=True) refuses NumPy's arrays
     state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -97,7 +63,9 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `rng_state`. A GPU state is passed over on a machine without one."""
+    """The inverse of `rng_state`. A GPU's state is ignored on a machine without a GPU."""
+    import numpy as np
+
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -109,7 +77,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trainable parameter under the name peft's adapter files use (the adapter's own name taken out)."""
+    """Every trainable parameter, under the name that peft's adapter files use (without the adapter's own name)."""
     adapter = getattr(model, "active_adapter", None)
     infix = f".{adapter}." if isinstance(adapter, str) else None
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
@@ -117,14 +85,16 @@ def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the trainable weights to `folder`/adapter_model.safetensors and, of a peft model, adapter_config.json.
+    """Write the trainable weights to `folder`/adapter_model.safetensors and, for a peft model, adapter_config.json.
 
-    The folder then loads in peft, transformers and vLLM as it is. peft's own `save_pretrained` is not used: it
-    may ask the hub about the base model's vocabulary, and orders target modules by hash, so differently each run.
+    peft, transformers and vLLM load the folder as it is. We do not use peft's `save_pretrained`: it may ask the hub
+    about the base model's vocabulary, and it orders target modules by hash, differently in each process.
     A frozen second adapter (the reference policy of a continued run) is not written."""
+    from safetensors.torch import save
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trainable_state(model).items()}
-    _save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     configs: Any = getattr(model, "peft_config", None)
     if configs is not None:
         config = copy.copy(configs[model.active_adapter])
@@ -137,29 +107,32 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copy the weights `save_adapter` wrote into the trainable parameters, in place: an optimizer keeps its hold.
+    """Copy the weights that `save_adapter` wrote into the trainable parameters. The copy is in place, so that an
+    optimizer still holds the same tensors.
 
-    Raises ValueError, naming the first parameter, where names or shapes differ from the model's."""
+    Raises UserError, naming the first parameter, where names or shapes differ from the model's."""
+    from safetensors.torch import load_file
+
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     parameters = trainable_state(model)
+    remedy = "take the model, LoRA rank and targets of the run"
     for name in sorted(tensors.keys() ^ parameters.keys()):
         where = "the model has no such trainable parameter" if name in tensors else "the file lacks it"
-        raise ValueError(f"{folder}: {name}: {where}; model, LoRA rank and targets must be those of the run")
+        raise UserError(f"{folder}: {name}: {where}; {remedy}")
     with torch.no_grad():
         for name, p in parameters.items():
             if tensors[name].shape != p.shape:
-                raise ValueError(
-                    f"{folder}: {name} is {list(tensors[name].shape)}, the model's is {list(p.shape)}; "
-                    "model, LoRA rank and targets must be those of the run"
+                raise UserError(
+                    f"{folder}: {name} is {list(tensors[name].shape)}, the model's is {list(p.shape)}; {remedy}"
                 )
             p.copy_(tensors[name])
 
 
-# ------------------------------------------------------------------------------------------------ files that last
+# --------------------------------------------------------------------------------------------------- files that last
 
 
 def fsync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a directory's entries, before going on."""
+    """Wait until the disk holds a file's bytes, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -167,20 +140,8 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors' save_file, with a full disk as the OSError it is, and readable by others like any file."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number}" in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from None
-        raise
-    path.chmod(0o644)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader, or a crash, sees the old text or the new, never half of it."""
+    """Replace a file atomically: after a crash, and for any reader, it holds the old text or the new one."""
     temporary = path.with_name(f".tmp-{path.name}")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -190,14 +151,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ whole checkpoints
+def serialize(state: Any) -> memoryview:
+    """The bytes that torch.save writes. They go through memory because torch.save reports a full disk as a RuntimeError
+    without the error's number.
+
+    Raises TypeError for an object that torch.load(weights_only=True) would refuse: better now than on the resume."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True, map_location="meta")  # reads no tensor's data
+    except pickle.UnpicklingError as error:
+        raise TypeError("torch.load(weights_only=True) refuses this state; store numbers, text and tensors") from error
+    return buffer.getbuffer()
+
+
+# -------------------------------------------------------------------------------------------------- whole checkpoints
 
 
 def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
 
 
@@ -212,10 +190,11 @@ def save_checkpoint(
     state: dict[str, Any],
     score: float | None = None,
 ) -> Path:
-    """Write `folder`/step-NNNNNN so that it is whole or absent, whenever the process or the machine dies.
+    """Write `folder`/step-NNNNNN so that it is whole or absent whenever the process or the machine dies.
 
-    scheduler: anything with state_dict, or None. rng: `rng_state` of every rank. state: JSON-able, the caller's.
-    Raises OSError (a full disk, say); nothing is left behind then, and the checkpoints before are untouched."""
+    scheduler: anything with state_dict, or None. rng: `rng_state` of every rank. state: the caller's own, as JSON.
+    Raises OSError (for example, when the disk is full); then nothing is left behind, and older checkpoints are as they
+    were. Raises TypeError for a state of the optimizer or the scheduler that could not be loaded again."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
     temporary = folder / f".tmp-{final.name}"
@@ -223,24 +202,22 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         save_adapter(model, temporary / "adapter")
-        tensors: dict[str, torch.Tensor] = {}
-        trees = {
-            "optimizer": split_tensors(optimizer.state_dict(), "optimizer", tensors),
-            "scheduler": split_tensors(scheduler.state_dict() if scheduler else None, "scheduler", tensors),
-            "rng": split_tensors(rng, "rng", tensors),
+        training = {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler else None,
+            "rng": rng,
         }
-        _save_tensors(tensors, temporary / "training.safetensors")
+        (temporary / TRAINING).write_bytes(serialize(training))
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         for path in files:
             fsync(path)
         sums = {path.relative_to(temporary).as_posix(): file_sha256(path) for path in files}
-        manifest = {"schema": 1, "step": step, "score": score, "state": state, "sha256": sums, **trees}
-        body = json.dumps(manifest)
+        body = json.dumps({"schema": SCHEMA, "step": step, "score": score, "state": state, "sha256": sums})
         head = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
         write_text(temporary / MANIFEST, f"{head}\n{body}")
         fsync(temporary / "adapter")
         fsync(temporary)
-        if final.exists():  # of an earlier attempt at this step
+        if final.exists():  # from an earlier attempt at this step
             shutil.rmtree(final)
         os.rename(temporary, final)
         fsync(folder)
@@ -251,27 +228,31 @@ def save_checkpoint(
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises UserError, naming the checkpoint, where the manifest is missing, damaged or of another version."""
     try:
         head, body = (path / MANIFEST).read_text(encoding="utf-8").split("\n", 1)
         if json.loads(head)["sha256"] != hashlib.sha256(body.encode()).hexdigest():
             raise ValueError("its checksum does not match")
-        return json.loads(body)
+        manifest = json.loads(body)
+        if manifest["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {manifest['schema']}, and this version reads {SCHEMA}")
+        return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} is torn or corrupt: {MANIFEST}: {error}") from None
+        raise UserError(f"checkpoint {path} is torn or corrupt: {MANIFEST}: {error}") from None
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its checksum.
 
-    Raises ValueError, naming the checkpoint and the file, where one is missing or differs."""
+    Raises UserError, naming the checkpoint and the file, where one is missing or differs."""
     manifest = _read_manifest(path)
     for name, expected in manifest["sha256"].items():
         try:
             actual = file_sha256(path / name)
         except OSError as error:
-            raise ValueError(f"checkpoint {path} is torn or corrupt: {name}: {error.strerror}") from None
+            raise UserError(f"checkpoint {path} is torn or corrupt: {name}: {error.strerror}") from None
         if actual != expected:
-            raise ValueError(f"checkpoint {path} is torn or corrupt: {name}: its checksum does not match")
+            raise UserError(f"checkpoint {path} is torn or corrupt: {name}: its checksum does not match")
     return Checkpoint(path, manifest["step"], manifest["score"], manifest["state"])
 
 
@@ -281,42 +262,40 @@ def restore_checkpoint(
     """Bring model, optimizer, scheduler and this rank's random-number generators to a checkpoint's state.
 
     The learning rate is the one that `optimizer` was made with, at the schedule's place: a resume may give another.
-    A rank the checkpoint does not know (more processes than then) keeps the generators it has."""
-    manifest = _read_manifest(path)
-    tensors = load_file(path / "training.safetensors")
+    A rank that the checkpoint does not know (there are more processes now) keeps its generators as they are."""
     load_adapter(model, path / "adapter")
-    wanted = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(join_tensors(manifest["optimizer"], tensors))
-    if scheduler is not None:
-        scheduler.load_state_dict(join_tensors(manifest["scheduler"], tensors))
-    for i, (group, lr) in enumerate(zip(optimizer.param_groups, wanted)):
-        before = group.get("initial_lr", group["lr"])
-        if lr == before:
+    training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    schedule = training["scheduler"] if scheduler is not None else None
+    for i, (saved, made) in enumerate(zip(training["optimizer"]["param_groups"], optimizer.param_groups)):
+        before, rate = (group.get("initial_lr", group["lr"]) for group in (saved, made))
+        if rate == before:
             continue
-        group["lr"] *= lr / before  # schedules multiply the rate they begin with
-        if scheduler is not None:
-            group["initial_lr"] = scheduler.base_lrs[i] = lr
-            scheduler._last_lr[i] = group["lr"]
-    rng = join_tensors(manifest["rng"], tensors)
-    if rank < len(rng):
-        set_rng_state(rng[rank], device)
+        saved["lr"] *= rate / before  # a schedule multiplies the rate that it begins with
+        if schedule is not None:
+            saved["initial_lr"] = schedule["base_lrs"][i] = rate
+            schedule["_last_lr"][i] = saved["lr"]
+    optimizer.load_state_dict(training["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(schedule)
+    if rank < len(training["rng"]):
+        set_rng_state(training["rng"][rank], device)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """The finished checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir())
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, or None where there is none at all; and one message for each newer one
-    refused, which is renamed to corrupt-step-..., out of the way of the run, for a post-mortem.
+    """The newest checkpoint that is whole (None where there is no checkpoint at all), and a message for each newer one
+    that was refused. A refused one is renamed to corrupt-step-...: the run no longer sees it, and you can look into it.
 
-    Raises ValueError where there are checkpoints and every one is refused."""
+    Raises UserError where there are checkpoints and every one is refused."""
     refused: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
         try:
             checkpoint = verify_checkpoint(path)
-        except ValueError as error:
+        except UserError as error:
             refused[path] = str(error)
             continue
         for corrupt in refused:
@@ -325,15 +304,15 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             corrupt.rename(aside)
         return checkpoint, list(refused.values())
     if refused:
-        raise ValueError("no checkpoint of the run is whole, so it cannot resume:\n  " + "\n  ".join(refused.values()))
+        raise UserError("no checkpoint of the run is whole, so it cannot resume:\n  " + "\n  ".join(refused.values()))
     return None, []
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest score, the later one of two equals; None where none has a score."""
+    """The checkpoint with the highest score, the later one of two equals; None where none has a score."""
     scored: list[tuple[float, Path]] = []
     for path in list_checkpoints(folder):
-        with contextlib.suppress(ValueError):  # a corrupt one cannot be the best
+        with contextlib.suppress(UserError):  # a corrupt one cannot be the best
             score = _read_manifest(path)["score"]
             if score is not None:
                 scored.append((score, path))
@@ -341,12 +320,12 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best."""
+    """Delete all checkpoints but the newest `keep` and the best one."""
     paths = list_checkpoints(folder)
     best = best_checkpoint(folder)
     for path in paths[:-keep]:
         if path != best:
-            # Renamed first: a half-deleted folder must not pass for a torn checkpoint.
+            # Renamed first, because a half-deleted folder must not look like a torn checkpoint.
             doomed = path.with_name(f".tmp-{path.name}")
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)

@@ -1,88 +1,69 @@
-"""What every recipe's command line has in common: checks before anything expensive, and errors in one line."""
+"""The command line that all recipes share: flags from a dataclass, the arguments of a resumed run, one-line errors."""
 
-import contextlib
-import importlib.util
-import math
-import os
+from __future__ import annotations
+
+import argparse
+import dataclasses
 import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
-from grpo.errors import flag
+import tyro
 
-_AT_LEAST = {
-    "steps": (1, "optimizer steps to do"),
-    "group_size": (2, "an answer is compared with its group's mean, so a group needs two"),
-    "prompts_per_step": (1, "questions a step"),
-    "num_iterations": (1, "optimizer steps on one batch"),
-    "max_prompt_tokens": (1, "tokens of the longest prompt"),
-    "max_completion_tokens": (1, "tokens an answer may take"),
-    "micro_batch_tokens": (1, "padded tokens of one forward pass"),
-    "warmup_steps": (0, "0 begins at the full learning rate"),
-    "lora_rank": (1, "rank of the adapter"),
-    "lora_alpha": (1, "the adapter's scaling is alpha / rank"),
-    "eval_every": (0, "0 evaluates only before and after"),
-    "eval_questions": (1, "held-out questions"),
-    "save_every": (0, "0 saves only at the end"),
-    "seed": (0, "a seed is not negative"),
-}
-_ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm")
+from grpo.errors import UserError
+from grpo.runs.args import check_args, check_vllm_installed, vllm_installed, with_values
+from grpo.runs.record import read_run
+
+__all__ = ["check_args", "check_vllm_installed", "parse_args", "show_one_line_errors", "vllm_installed"]
+
+T = TypeVar("T")
 
 
-def check_args(args: Any) -> None:
-    """Raise ValueError for a number that cannot work, naming the flag and the least that does. Only the fields that
-    the recipe has are looked at."""
-    for field, (least, why) in _AT_LEAST.items():
-        value = getattr(args, field, least)
-        if value is not None and value < least:
-            raise ValueError(f"{flag(field)} {value} is too small: at least {least} ({why})")
-    buffer, limit = getattr(args, "overlong_buffer", None), getattr(args, "max_completion_tokens", None)
-    if buffer is not None and limit is not None and not 1 <= buffer <= limit:
-        raise ValueError(f"--overlong-buffer {buffer} must lie in 1..{limit}, the --max-completion-tokens")
-    if (prompts := getattr(args, "prompts_per_step", None)) is not None:
-        check_prompts_per_step(prompts, int(os.environ.get("WORLD_SIZE", 1)))  # torchrun's
-    for field in _ABOVE_ZERO:
-        value = getattr(args, field, 1.0)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{flag(field)} {value} must be above 0, and finite")
-    if getattr(args, "engine", None) == "vllm":
-        check_vllm_installed()
+def parse_args(cls: type[T], argv: Sequence[str] | None = None) -> T:
+    """A recipe's arguments from the command line (`argv`, by default the program's), checked by `check_args`.
+
+    Every field becomes a flag, those of the groups too, without the group's name before them. `--resume RUN` begins
+    with the arguments of that run, and the flags given beside it override them.
+    `--help` begins with the docstring of the module that defines `cls`, which is where a recipe has its examples.
+    From here on the program shows a UserError as one line, see `show_one_line_errors`."""
+    show_one_line_errors()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_resume.add_argument("--resume", nargs="?")
+    resume = only_resume.parse_known_args(argv)[0].resume
+    args = tyro.cli(
+        cls,
+        args=argv,
+        description=sys.modules[cls.__module__].__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+        default=_args_of_run(cls, Path(resume)) if resume else tyro.MISSING_NONPROP,
+    )
+    check_args(args)
+    return args
 
 
-def check_prompts_per_step(prompts_per_step: int, processes: int) -> None:
-    """Raise ValueError where the questions of a step cannot be shared among the processes."""
-    if prompts_per_step < 1 or prompts_per_step % processes:
-        raise ValueError(
-            f"--prompts-per-step {prompts_per_step} must be a multiple of the {processes} processes, and above 0"
-        )
+def _args_of_run(cls: type[T], directory: Path) -> T:
+    """The arguments that a run has in its run.json. Raises UserError where the directory holds no run."""
+    values = read_run(directory)["args"]
+    values = {name: value for name, value in values.items() if name not in ("run_dir", "resume")}  # it may have moved
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return with_values(cls(**{name: values[name] for name in required if name in values}), values)
 
 
-def vllm_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+def show_one_line_errors() -> None:
+    """Have this program show a UserError as one line, `error: ...`, and end with exit code 2. A UserError names the
+    flag and the remedy, and a traceback would only hide that. Any other exception keeps its traceback."""
+    sys.excepthook = _one_line_hook
 
 
-def check_vllm_installed() -> None:
-    """Raise ValueError, naming the flag, where --engine vllm cannot be had."""
-    if not vllm_installed():
-        raise ValueError("--engine vllm: vLLM is not installed; pip install -e '.[vllm]', or take --engine torch")
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """End the program with one line for a ValueError, or a full disk, that this project raised on purpose: it names
-    the field and the remedy, and a traceback would only hide that. Whatever another library raises, and whatever
-    else goes wrong, keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        file = Path(frame.filename)
-        ours = file.is_relative_to(Path(__file__).parent.parent.parent) and not {"site-packages", ".venv"} & {
-            *file.parts
-        }
-        if not (ours and (frame.line or "").startswith("raise ")):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def _one_line_hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
+    if not isinstance(error, UserError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)  # Python takes the exit code of a SystemExit that the hook raises

@@ -1,5 +1,7 @@
 """A run's curves as PNG, and report.html: one file without links or scripts, to open in any browser or to send."""
 
+from __future__ import annotations
+
 import base64
 import html
 import json
@@ -7,17 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Panels of rewards.png: the title, and the metrics drawn together. One without data is left out.
+from grpo.runs.checkpoint import write_text
+from grpo.runs.record import read_metrics, read_run
+from grpo.runs.watch import alarms
+
+# Panels of rewards.png: title and the metrics drawn together. A panel without data is left out.
 PANELS = (
     ("reward", ("reward",)),
     ("pass@1", ("pass_at_1", "eval/pass_at_1")),
     ("length, tokens", ("length",)),
-    ("shares: truncated, zero variance, clipped", ("truncated", "zero_variance", "clip_low", "clip_high")),
-    ("KL to the reference, nats a token", ("kl",)),
-    ("entropy, nats a token", ("entropy",)),
-    ("sampler gap, nats a token", ("mismatch_mean",)),
+    ("fractions: truncated, zero variance, clipped", ("truncated", "zero_variance", "clip_low", "clip_high")),
+    ("KL to the reference, nats per token", ("kl",)),
+    ("entropy, nats per token", ("entropy",)),
+    ("sampler gap, nats per token", ("mismatch_mean",)),
     ("gradient norm", ("grad_norm",)),
-    ("tokens a second", ("times/tokens_per_second",)),
+    ("tokens per second", ("times/tokens_per_second",)),
 )
 
 _STYLE = """
@@ -29,6 +35,17 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-size:
 .alarm { background: #fff3cd; border-left: 4px solid #e0a800; padding: .5em 1em; }
 img { max-width: 100%; height: auto; } small { color: #666; }
 """
+
+
+def redraw(directory: Path) -> None:
+    """Draw rewards.png and report.html of a run directory again, from its run.json, metrics.jsonl and completions/.
+
+    Raises UserError, naming the directory, where it holds no run."""
+    read_run(directory)
+    history = read_metrics(directory / "metrics.jsonl")
+    if history:
+        write_curves(directory / "rewards.png", history)
+    write_report(directory, history)
 
 
 def _figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
@@ -46,7 +63,7 @@ def _figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
     rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(13, 3.1 * rows))
     figure.suptitle(title)
-    # Margins in inches, as shares of the figure: matplotlib's automatic layouts take longer than the drawing.
+    # Margins are fixed: matplotlib's automatic layouts take longer than the drawing.
     height = 3.1 * rows
     figure.subplots_adjust(0.05, 0.35 / height, 0.99, 1 - 0.65 / height, wspace=0.18, hspace=0.32)
     axes = figure.subplots(rows, 3, squeeze=False)
@@ -67,42 +84,42 @@ def _figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
 
 
 def write_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the panels that have data to a PNG, replacing it at once.
+    """Draw the panels that have data to a PNG, which is replaced atomically.
 
-    history: the lines of metrics.jsonl."""
+    history: lines of metrics.jsonl."""
     temporary = path.with_name(f".tmp-{path.name}")
     _figure(history, path.parent.name).savefig(temporary, format="png", dpi=90)
     temporary.replace(path)
 
 
-def write_report(directory: Path, history: Sequence[Mapping[str, Any]], alarms: Sequence[str]) -> None:
-    """Write `directory`/report.html from run.json, the metrics and completions/: alarms, results, curves (an
-    inline copy of rewards.png), samples side by side, arguments. Everything a model wrote is escaped."""
-    record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+def write_report(directory: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write `directory`/report.html: alarms, results, curves (an inline copy of rewards.png), samples side by side, and
+    run.json. Everything that a model wrote is escaped.
+
+    history: lines of metrics.jsonl."""
+    record = read_run(directory)
     body = [f"<h1>{html.escape(directory.name)}</h1>", f"<pre>{html.escape(record['command'])}</pre>"]
-    body += [f'<p class="alarm">{html.escape(text)}</p>' for text in alarms]
+    body += [f'<p class="alarm">{html.escape(text)}</p>' for text in alarms(history).values()]
     body += ["<h2>Results</h2>", _results(history), "<h2>Curves</h2>", _image(directory / "rewards.png")]
     body += _before_and_after(directory / "completions") + _training_samples(directory / "completions")
-    shown = {k: v for k, v in record.items() if k not in ("command", "argv", "results")}
+    shown = {k: v for k, v in record.items() if k not in ("command", "results")}
     body += [f"<details><summary>run.json</summary><pre>{html.escape(json.dumps(shown, indent=2))}</pre></details>"]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(directory.name)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
-    temporary = directory / ".tmp-report.html"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(directory / "report.html")
+    write_text(directory / "report.html", page)
 
 
 def _image(path: Path) -> str:
-    """An image tag that holds the PNG itself."""
+    """An image tag that contains the PNG itself."""
     if not path.exists():
         return "<p>no curves yet</p>"
     return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def _results(history: Sequence[Mapping[str, Any]]) -> str:
-    """The first and last value of every metric."""
+    """A table with the first and last value of every metric."""
     names = dict.fromkeys(n for line in history for n, v in line.items() if n not in ("schema", "step", "times"))
     rows = []
     for name in names:
@@ -114,12 +131,13 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `Run.save_completions` wrote."""
+    """The samples in a file that `Run.save_completions` wrote."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def _sample(record: Mapping[str, Any], heading: str) -> str:
+    """One completion with its rewards and advantage."""
     numbers = [f"{name} {value:.3g}" for name, value in record["rewards"].items() if value is not None]
     if record["advantage"] is not None:
         numbers.append(f"advantage {record['advantage']:+.3f}")
@@ -130,7 +148,7 @@ def _sample(record: Mapping[str, Any], heading: str) -> str:
 
 
 def _before_and_after(folder: Path, count: int = 6) -> list[str]:
-    """Held-out questions with the first and the last answer, side by side."""
+    """Some held-out questions, each with its answer in the first and in the last evaluation, side by side."""
     files = sorted(folder.glob("eval-*.jsonl"))
     if len(files) < 2:
         return []
@@ -144,7 +162,7 @@ def _before_and_after(folder: Path, count: int = 6) -> list[str]:
 
 
 def _training_samples(folder: Path, groups: int = 3, width: int = 4) -> list[str]:
-    """Groups of the latest step kept: each one's completions side by side, highest and lowest rewards among them."""
+    """Some groups of the latest step that was kept: the completions with the highest and the lowest advantages."""
     files = sorted(folder.glob("train-*.jsonl"))
     if not files:
         return []

@@ -1,38 +1,47 @@
-"""Mirrors of metrics.jsonl in Weights & Biases or TensorBoard. Neither is needed: the run directory has it all."""
+"""Copies of the metrics in Weights & Biases or TensorBoard. Neither is needed: the run directory has everything."""
+
+from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-_PACKAGE = {"wandb": "wandb", "tensorboard": "tensorboard"}
+from grpo.errors import UserError
+
+_TRACKERS = ("wandb", "tensorboard")
+"""values of --track; each is also the name of the package to install"""
 
 
 class Tracker(Protocol):
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, flat (`grpo.runs.run.flat_metrics`), with its step under "step"."""
+    """Where metrics are copied to."""
 
-    def close(self) -> None: ...
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Copy one line of metrics.jsonl, made flat by `grpo.runs.record.flat_metrics`; its step is under "step"."""
+
+    def close(self) -> None:
+        """Send what is still waiting, and end."""
 
 
 def check_tracker(kind: str) -> None:
-    """Raise ValueError, naming the flag, for an unknown tracker or one whose package is not installed."""
+    """Raise UserError, naming the flag, for an unknown tracker or one whose package is not installed."""
     if kind == "none":
         return
-    if kind not in _PACKAGE:
-        raise ValueError(f"--track {kind}: none, wandb or tensorboard")
-    if importlib.util.find_spec(_PACKAGE[kind]) is None:
-        raise ValueError(f"--track {kind} needs a package: pip install {_PACKAGE[kind]}")
+    if kind not in _TRACKERS:
+        raise UserError(f"--track {kind}: no such tracker; choose none, wandb or tensorboard")
+    if importlib.util.find_spec(kind) is None:
+        raise UserError(f"--track {kind} needs a package: pip install {kind}")
 
 
 def open_tracker(
     kind: str, directory: Path, arguments: Mapping[str, Any], *, run_id: str, start_step: int = 0
 ) -> Tracker | None:
-    """The tracker of a run directory; opened again with its id on a resume, it continues the same run after start_step.
-    "none" is None.
+    """The tracker of a run directory; None for "none". Opened again on a resume, it continues the run of that id after
+    `start_step`.
 
-    wandb: the project is $WANDB_PROJECT or grpo-recipes; WANDB_MODE=offline writes to the run directory only."""
-    check_tracker(kind)
+    wandb: the project is $WANDB_PROJECT or grpo-recipes; WANDB_MODE=offline writes into the run directory only.
+    Raises UserError where Weights & Biases refuses."""
     if kind == "wandb":
         return _Wandb(directory, arguments, run_id)
     if kind == "tensorboard":
@@ -42,8 +51,6 @@ def open_tracker(
 
 class _Wandb:
     def __init__(self, directory: Path, arguments: Mapping[str, Any], run_id: str) -> None:
-        import os
-
         import wandb
 
         try:
@@ -55,11 +62,11 @@ class _Wandb:
                 dir=str(directory),
                 config=dict(arguments),
             )
-        except wandb.Error as error:  # nobody is logged in, say
-            raise ValueError(
+        except wandb.Error as error:  # for example, when nobody is logged in
+            raise UserError(
                 f"--track wandb: {error} Or set WANDB_MODE=offline, which writes into the run directory only"
             ) from error
-        # Our own x axis: after a resume steps are written again, which wandb's counter would drop.
+        # Our own x axis: after a resume some steps are written again, and wandb's counter would drop them.
         self.run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -73,7 +80,7 @@ class _TensorBoard:
     def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Of a resumed run the steps after the checkpoint are done again, and would stand there twice.
+        # A resumed run does the steps after the checkpoint again; without the purge they would appear twice.
         purge = start_step + 1 if start_step else None
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 

@@ -1,4 +1,6 @@
-"""What a run shows while it runs: a live table with a progress bar on a terminal, plain lines elsewhere; alarms."""
+"""What a run shows while it runs: on a terminal a live table with a progress bar, elsewhere plain lines; and alarms."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# (metric, what it is called here, format) in the order shown; one the recipe does not log is left out: docs/runs.md.
+# (metric, name shown, format), in the order shown. A metric that the recipe does not log is left out.
 SHOWN = (
     ("reward", "reward", ".3f"),
     ("pass_at_1", "pass@1", ".3f"),
@@ -28,7 +30,7 @@ SHOWN = (
 
 
 def format_line(line: Mapping[str, Any]) -> dict[str, str]:
-    """The cells shown of one line of metrics.jsonl, by name."""
+    """The cells that show one line of metrics.jsonl: name shown -> text."""
     cells = {label: format(line[name], spec) for name, label, spec in SHOWN if line.get(name) is not None}
     if not line["skipped_steps"]:
         del cells["skipped"]
@@ -46,6 +48,7 @@ class View:
     """Context manager around the training loop; `show` takes each line of metrics.jsonl."""
 
     def __init__(self, name: str, total: int, done: int, console: Console | None = None) -> None:
+        """name: the run's name. total: number of steps of the run. done: number of steps done before."""
         self.console = console or Console()
         self.total = total
         self.done = done
@@ -54,10 +57,10 @@ class View:
             TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         )
         self.task = self.progress.add_task(name, total=total, completed=done)
-        # Without a terminal (a CI log, a file) a live display would write control codes: plain lines instead.
+        # Without a terminal (in a CI log, in a file) a live display would write control codes.
         self.live = Live(self._render(), console=self.console) if self.console.is_terminal else None
 
-    def __enter__(self) -> "View":
+    def __enter__(self) -> View:
         if self.live:
             self.live.start()
         return self
@@ -68,6 +71,7 @@ class View:
             self.live.stop()
 
     def show(self, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics.jsonl; on a terminal, values that it lacks stay as they were."""
         cells = format_line(line)
         if self.live is None:
             body = "  ".join(f"{name} {value}" for name, value in cells.items())
@@ -90,9 +94,9 @@ class View:
 
 
 def alarms(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What looks wrong at the end of a run's history, by the alarm's name: the observation and a remedy.
+    """What looks wrong at the end of a run's history: name of the alarm -> what was seen, and a remedy.
 
-    A function of metrics.jsonl alone. Each looks at the mean of the last ten values, so one odd step is no alarm."""
+    history: lines of metrics.jsonl. An alarm looks at the mean of the last ten values, so one odd step raises none."""
     found: dict[str, str] = {}
 
     def recent(name: str, count: int = 10) -> float | None:
@@ -102,8 +106,8 @@ def alarms(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     flat = recent("zero_variance")
     if flat is not None and flat > 0.9:
         found["zero_variance"] = (
-            f"{flat:.0%} of groups have one reward for all completions and carry no gradient: raise the group size or "
-            "the temperature, or take questions that are neither always nor never solved"
+            f"in {flat:.0%} of groups all completions have the same reward, and carry no gradient: raise --group-size "
+            "or --temperature, or take questions that are neither always nor never solved"
         )
     rewards = _values(history, "reward")
     if len(rewards) >= 30:
@@ -111,28 +115,28 @@ def alarms(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         first, best, last = means[0], max(means), fmean(rewards[-10:])
         if best > first and last < best - 0.5 * (best - first):
             found["reward"] = (
-                f"reward fell from {best:.3f} to {last:.3f}: lower the learning rate, raise beta (KL), or go back to "
+                f"reward fell from {best:.3f} to {last:.3f}: lower --learning-rate, raise --beta (KL), or go back to "
                 "the best checkpoint"
             )
     kl = recent("kl")
     if kl is not None and kl > 0.5:
         found["kl"] = (
-            f"KL to the reference is {kl:.2f} nats a token: the policy has left the base model; lower the learning "
-            "rate or raise beta, and read samples for gibberish"
+            f"KL to the reference is {kl:.2f} nats per token: the policy has left the base model; lower "
+            "--learning-rate or raise --beta, and read some samples: they may be gibberish"
         )
     truncated = recent("truncated")
     if truncated is not None and truncated > 0.5:
         found["truncated"] = (
-            f"{truncated:.0%} of completions hit the token limit and are never scored whole: raise the limit, or "
-            "reward brevity"
+            f"{truncated:.0%} of completions hit the token limit and are scored without their end: raise "
+            "--max-completion-tokens, or reward brevity"
         )
     lengths = _values(history, "length")
     if len(lengths) >= 20:
         before, after = fmean(lengths[:10]), fmean(lengths[-10:])
         if after < before / 3:
             found["length"] = (
-                f"completions shrank from {before:.0f} to {after:.0f} tokens: the reward may be had without reasoning; "
-                "read samples, tighten the format reward"
+                f"completions shrank from {before:.0f} to {after:.0f} tokens: the reward can perhaps be earned without "
+                "reasoning; read some samples, and make the format reward stricter"
             )
         elif after > 3 * before:
             found["length"] = (
@@ -142,17 +146,18 @@ def alarms(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     entropy = recent("entropy")
     if entropy is not None and entropy < 0.01:
         found["entropy"] = (
-            f"entropy is {entropy:.4f} nats a token: samples of a group are all alike; raise epsilon_high or the "
-            "temperature, or lower the learning rate"
+            f"entropy is {entropy:.4f} nats per token: the samples of a group are all alike; raise --epsilon-high or "
+            "--temperature, or lower --learning-rate"
         )
     gap = recent("mismatch_mean")
     if gap is not None and gap > 0.1:
         found["mismatch_mean"] = (
-            f"the sampler's log-probabilities differ from the trainer's by {gap:.3f} nats a token: check that the "
-            "engine took the last adapter, the temperature and the dtype; correct the rest by importance sampling"
+            f"the sampler's log-probabilities differ from the trainer's by {gap:.3f} nats per token: check that the "
+            "engine has the newest adapter, the trainer's temperature and its dtype; --importance corrects the rest"
         )
     return found
 
 
 def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The values of a metric, without those that are missing or null."""
     return [line[name] for line in history if line.get(name) is not None]
