@@ -19,16 +19,16 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Phi3DecoderLayer, Qwen2Decoder
 """layers that return one tensor, the residual plus what `mlp.down_proj` made, and need no value of the latter"""
 
 
-def recompute_layers(model: PeftModel) -> int:
-    """Let the checkpointed layers whose classes are known exactly be recomputed by `Recompute`; returns how many are.
-    Others, and those that keep their activations, stay as they are. Call it when adapters are in place."""
+def checkpoint_layers(model: PeftModel) -> int:
+    """Let the checkpointed layers whose classes are known exactly be recomputed by `ActivationCheckpoint`; returns how
+    many are. Others, and those that keep their activations, stay as they are. Call it when adapters are in place."""
     layers: list[Any] = [m for m in model.modules() if type(m) in LAYERS and m.gradient_checkpointing]
     for layer in layers:
-        layer._gradient_checkpointing_func = Recompute(layer.mlp.down_proj)
+        layer._gradient_checkpointing_func = ActivationCheckpoint(layer.mlp.down_proj)
     return len(layers)
 
 
-class Recompute:
+class ActivationCheckpoint:
     """What a transformers layer calls in the place of `torch.utils.checkpoint`: only its input is kept, and the
     backward pass begins with a second forward pass. As there with use_reentrant and without preserve_rng_state,
     gradients go to the parameters' `grad`, autocast is as in the first pass, and nothing random is replayed.
@@ -37,27 +37,60 @@ class Recompute:
 
     def __init__(self, last: nn.Module):  # and not the layer: that would be a cycle, and keep it after the model
         self.last = last if isinstance(last, FusedLinear4bit) else None
-        self.host: HostInputs | None = None
+        self.host: OffloadedInputs | None = None
 
     def __call__(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """run(hidden), [batch, time, hidden]; without gradient, or where the input asks for none, nothing more."""
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             return run(hidden)
-        return _Recomputed.apply(hidden, run, self.last, self.host)
+        return _CheckpointedLayer.apply(hidden, run, self.last, self.host)
+
+
+def offload_inputs(backbone: nn.Module) -> None:
+    """From here on every forward pass of the backbone that records gradients keeps the layers' inputs in host memory
+    until the backward pass.
+
+    It is two hooks of the backbone, so that nothing at the call sites knows of it. A layer's second forward pass does
+    not run the backbone, so it triggers nothing."""
+    hooks = _OffloadHooks()
+    backbone.register_forward_pre_hook(hooks.before)
+    backbone.register_forward_hook(hooks.after, always_call=True)
+
+
+class _OffloadHooks:
+    """What `offload_inputs` calls before and after each forward pass of the backbone."""
+
+    def __init__(self) -> None:
+        self.open: contextlib.ExitStack | None = None
+
+    def before(self, backbone: nn.Module, args: Any) -> None:
+        self.close()  # of a forward pass that a signal's exception ended: torch runs no hook then
+        if torch.is_grad_enabled():
+            self.open = contextlib.ExitStack()
+            self.open.enter_context(_inputs_on_host(backbone, next(backbone.parameters()).device))
+
+    def after(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.open.close()
+            self.open = None
 
 
 @contextlib.contextmanager
-def inputs_on_host(backbone: nn.Module, device: torch.device) -> Iterator[None]:
+def _inputs_on_host(backbone: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it, a forward pass keeps the layers' inputs in the host's memory until the backward pass.
 
-    Those of a model that has no `Recompute` too, with all else it keeps, but there the host waits for each copy."""
+    Those of a model that has no `ActivationCheckpoint` too, with all else it keeps, but there the host waits for each
+    copy."""
     functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in getattr(backbone, "layers", ())]
-    own = [function for function in functions if isinstance(function, Recompute)]
+    own = [function for function in functions if isinstance(function, ActivationCheckpoint)]
     if not own:
         with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda"):
             yield
         return
-    host = HostInputs(device)
+    host = OffloadedInputs(device)
     try:
         for function in own:
             function.host = host
@@ -67,7 +100,7 @@ def inputs_on_host(backbone: nn.Module, device: torch.device) -> Iterator[None]:
             function.host = None
 
 
-class HostInputs:
+class OffloadedInputs:
     """The inputs of one forward pass's layers, in the host's memory. On a GPU the copies run beside the computation: an
     input leaves during its layer's forward pass and comes back during the backward pass of the layer after it."""
 
@@ -122,9 +155,11 @@ class HostInputs:
             torch.cuda.current_stream(self.side.device).wait_event(done)
 
 
-class _Recomputed(torch.autograd.Function):
+class _CheckpointedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, run: Any, last: FusedLinear4bit | None, host: HostInputs | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, run: Any, last: FusedLinear4bit | None, host: OffloadedInputs | None
+    ) -> Tensor:
         device = hidden.device.type
         ctx.run, ctx.last, ctx.host = run, last, host
         ctx.autocast = {
