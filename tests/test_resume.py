@@ -48,7 +48,9 @@ def drive(what: str, directory: Path, *numbers: int) -> str:
 def test_sigkills_at_random_moments(what, kills, tmp_path):
     if what == "recipe":
         write_model(tmp_path / "model")
-    drive(what, tmp_path / "whole", 0)
+        drive(what, tmp_path / "whole", 0)
+    else:
+        train(arguments(run_dir=tmp_path / "whole", steps=90, save_every=3))
     assert f"killed {kills} times" in drive(what, tmp_path / "killed", kills)
     lines, adapter, completions = outcome(tmp_path / "killed")
     assert (lines, adapter, completions) == outcome(tmp_path / "whole")

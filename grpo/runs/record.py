@@ -44,8 +44,8 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "vllm", 
 
 @dataclass
 class Record:
-    """The directory of a run, made or reopened by `open_record`. Only rank 0 writes; on the other ranks every method
-    may be called, and does nothing."""
+    """The directory of a run, made or reopened by `open_record`. Only rank 0 writes; the record of another rank has no
+    open files."""
 
     directory: Path
     args: Any
@@ -114,7 +114,7 @@ class Record:
             self._tracker.log(flat_metrics(line))
 
     def sync(self) -> int:
-        """Wait until the disk holds metrics.jsonl; returns its length in bytes. For rank 0 alone."""
+        """Wait until the disk holds metrics.jsonl; returns its length in bytes."""
         assert self._metrics is not None
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
@@ -128,7 +128,7 @@ class Record:
             write_text(folder / f"{name}.jsonl", text)
 
     def update(self, **values: Any) -> None:
-        """Set entries of run.json. For rank 0 alone."""
+        """Set entries of run.json."""
         _write_run(self.directory, read_run(self.directory) | values)
 
     def adopt_args(self) -> None:
