@@ -1,7 +1,7 @@
-"""Answers out of untrusted text: where the answer stands, which number it is, and whether it equals the ground_truth one.
+"""Answers in untrusted text: where the answer stands, which number it is, and whether it equals the ground truth.
 
-Nothing here evaluates text, and everything is linear in its length. Only ASCII digits are digits: `int("٣")` is 3 in
-Python, but a policy that answers in another script has not learnt the format it was asked for.
+Nothing here evaluates text, and all of it takes time linear in the text's length. Only ASCII digits are digits:
+`int("٣")` is 3 in Python, but a policy that answers in another script has not learnt the format it was asked for.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 REASONING_TAGS = ("reasoning", "think")
 MAX_ANSWER = 1000
-"""characters; a longer answer equals nothing (the longest ground_truth of MATH has under 200)"""
+"""maximum number of characters of an answer; a longer one equals nothing (MATH's ground truths have under 200)"""
 
 _REPLACEMENTS = {
     **dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-"),  # minus signs, hyphens and the en dash
@@ -20,7 +20,7 @@ _REPLACEMENTS = {
     "\u2215": "/",
 }
 _CHARACTERS = str.maketrans(_REPLACEMENTS)
-# In this order. Spacing commands and decoration carry no meaning; `{,}` is how LaTeX writes a thousands comma.
+# Applied in this order. Spacing and decoration carry no meaning; `{,}` is how LaTeX writes a thousands comma.
 _LATEX = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[!,;:]|\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
@@ -47,47 +47,48 @@ _BRACKETED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
 _UNIT_WORD = re.compile("[A-Za-z\u00b5][A-Za-z'\u2019-]*\\.?")
 _SHORT_UNIT = re.compile("cm|mm|km|kg|mg|m[lL]|[dc]l|ft|lb|oz|hr|in|yd|mi|[ap]m|AM|PM|Hz|kW")
 _LETTER_UNIT = re.compile("[mgshLlJNWKCFV]")
-# Words that change the number, or that start a second answer: "3 million" is not 3, "18 or so" hedges.
+# Words that change the number or begin a second answer: "3 million" is not 3, and "18 or so" hedges.
 _NOT_A_UNIT = re.compile(
     "and|or|not|is|if|but|to|plus|minus|times|over|mod|point|pi|sqrt|root|half|halves|quarters?|base|squared|cubed|negative|"
     "factorial|choose|(dozen|ten|hundred|thousand|million|billion|trillion|third|fourth|fifth|sixth|seventh|eighth|ninth)(ths?|s)?",
     re.IGNORECASE,
 )
 _NUMBER_IN_TEXT = re.compile(
-    r"(?:(?<![\w.)\]}])[+-])?(?:[$€£¥][+-]?)?(?<![\w.])"  # "16-3" holds no -3
+    r"(?:(?<![\w.)\]}])[+-])?(?:[$€£¥][+-]?)?(?<![\w.])"  # the 3 of "16-3" is not -3
     rf"(?:{_DIGITS}(?:\.[0-9]{{1,200}})?|\.[0-9]{{1,200}})(?:/[0-9]{{1,200}})?(?!\d)\s?%?"
 )
 
 
 class Number(NamedTuple):
     value: Fraction
-    """exact; of "50%" it is 50"""
+    """exact value; that of "50%" is 50"""
     percent: bool
-    """a percent sign, or the word, came with it"""
+    """whether a percent sign, or the word, stood behind it"""
 
 
 # -------------------------------------------------------------------------------------- where the answer stands
 
 
 def after_reasoning(text: str) -> str:
-    """The text behind the last closing reasoning tag, or all of it: an answer inside the reasoning is a thought."""
+    """The text after the last closing reasoning tag, or all of it without one: what stands inside the reasoning is a
+    thought, and no answer."""
     ends = [(text.rfind(f"</{tag}>"), len(tag) + 3) for tag in REASONING_TAGS]
     start, length = max(ends)
     return text if start < 0 else text[start + length :]
 
 
 def extract_tag(text: str, tag: str = "answer") -> str | None:
-    """The stripped inside of the last complete `<tag>...</tag>`; None without one. It may span lines."""
+    """The content of the last complete `<tag>...</tag>`, stripped; None if there is none. It may span lines."""
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))
     return text[start + len(tag) + 2 : end].strip() if 0 <= start < end else None
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The inside of the last `\boxed{...}` or `\fbox{...}`, braces nested to any depth. Without braces it is what
-    comes before the line's next dollar sign, as MATH's authors read it, or the next word: `\boxed 5` gives "5".
+    r"""The content of the last `\boxed{...}` or `\fbox{...}`; braces may nest to any depth. A box without braces holds
+    what precedes the line's next dollar sign, as MATH's authors read it, or the next word: `\boxed 5` gives "5".
 
-    None where there is none, or where the last one is never closed: a truncated answer is no answer."""
+    None if there is no box, or if the last one is never closed: a truncated answer is no answer."""
     at = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if at < 0:
         return None
@@ -98,7 +99,7 @@ def extract_boxed(text: str) -> str | None:
     depth, i = 0, 0
     while i < len(rest):
         if rest[i] == "\\":
-            i += 1  # an escaped brace is a character
+            i += 1  # skip what is escaped: \{ is a character, not a brace
         elif rest[i] == "{":
             depth += 1
         elif rest[i] == "}":
@@ -110,10 +111,10 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str, tag: str = "answer") -> str | None:
-    r"""The answer a completion commits to, in the form it was asked for; None where it does not.
+    r"""The answer that a completion commits to in the form it was asked for; None if it does not.
 
-    Behind the reasoning, the last `<answer>` block, or without one the last `\boxed{}`. A box within the block is
-    opened. `extract_answer("<think>4?</think><answer>\\boxed{5}</answer>")` is "5"."""
+    It is the last `<answer>` block after the reasoning, or else the last `\boxed{}` there. A box inside the block is
+    opened: `extract_answer(r"<think>4?</think><answer>\boxed{5}</answer>")` is "5"."""
     text = after_reasoning(text)
     block = extract_tag(text, tag)
     if block is None:
@@ -123,11 +124,11 @@ def extract_answer(text: str, tag: str = "answer") -> str | None:
 
 
 def extract_lenient(text: str, tag: str = "answer") -> str | None:
-    """The answer a forgiving reader finds: for evaluation, never for a reward.
+    """The answer that a forgiving reader finds: for evaluation, never for a reward.
 
-    The block or box if there is one; else what follows the last unclosed `<answer>`, "####" or "answer is", up to the
-    end of the first line that holds a number; else all of it. Of that the number it is, or the last number in it, or
-    (of a block or box) the text."""
+    First a passage is chosen: the answer of `extract_answer`, if there is one; else what follows the last unclosed
+    `<answer>`, "####" or "answer is", up to the end of the first line that holds a number; else the whole text. The
+    answer is that passage if it is a number, else the last number in it, else the strict answer as it stands."""
     strict = extract_answer(text, tag)
     candidate = text if strict is None else strict
     if strict is None:
@@ -144,7 +145,7 @@ def extract_lenient(text: str, tag: str = "answer") -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number written in ASCII digits, with sign, currency, fraction and percent; None without one.
+    """The last number in ASCII digits, with its sign, currency, fraction and percent sign; None if there is none.
 
     Only the last 2,000 characters are read. `last_number("so 16-3-4=9 eggs, $-1,234.50.")` is "$-1,234.50"."""
     matches = _NUMBER_IN_TEXT.findall(text[-2000:].translate(_CHARACTERS))
@@ -152,7 +153,7 @@ def last_number(text: str) -> str | None:
 
 
 def final_answer(solution: str) -> str:
-    """The ground_truth answer of a data set's solution: behind GSM8K's "####", or in MATH's last box, or the text itself."""
+    """The final answer of a data set's solution: what follows GSM8K's "####", MATH's last box, or the text itself."""
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip()
     boxed = extract_boxed(solution)
@@ -163,8 +164,9 @@ def final_answer(solution: str) -> str:
 
 
 def normalize(answer: str) -> str:
-    r"""One spelling for what is written in many: math delimiters, LaTeX spacing, `\text{}`, Unicode minus, final full
-    stop and runs of spaces go. The case goes too where no LaTeX command is left (`\Delta` is not `\delta`)."""
+    r"""One spelling for what can be written in many ways: math delimiters, LaTeX spacing, `\text{}`, Unicode's minus
+    signs, a final full stop and runs of spaces are removed or replaced. Letters become lower case, unless a LaTeX
+    command is left (`\Delta` is not `\delta`)."""
     text = _clean(answer)
     return text if "\\" in text else text.casefold()
 
@@ -192,11 +194,11 @@ def _clean(answer: str) -> str:
 
 
 def parse_number(answer: str) -> Number | None:
-    r"""The number an answer is, exactly; None if it is anything but one number.
+    r"""The exact number that an answer is; None if it is anything but one number.
 
-    Takes signs (Unicode's too), thousands commas, decimals, exponents up to two digits, `3/4`, `\frac{3}{4}`, mixed
-    fractions, currencies, percentages, a name in front ("x = 3") and a unit behind ("18 eggs per day", "5 cm^2").
-    A list, an expression, an interval, digits of other scripts, "3 million" and "18 or 19" are not numbers."""
+    Read are signs (Unicode's too), thousands commas, decimals, exponents of up to two digits, `3/4`, `\frac{3}{4}`,
+    mixed fractions, currencies, percentages, a name in front ("x = 3") and a unit behind ("18 eggs per day", "5 cm^2").
+    Lists, expressions, intervals, digits of other scripts, "3 million" and "18 or 19" are not numbers."""
     if len(answer) > MAX_ANSWER:
         return None
     text = strip_name(_clean(answer)).removeprefix("=").lstrip()
@@ -211,13 +213,13 @@ def parse_number(answer: str) -> Number | None:
         return None
     try:
         value = _value(match)
-    except (ValueError, ZeroDivisionError):  # a zero denominator; more digits than Python's int() takes
+    except (ValueError, ZeroDivisionError):  # more digits than Python's int() takes; a zero denominator
         return None
     return Number(-value if "-" in (match["sign"], match["sign2"]) else value, percent)
 
 
 def strip_name(text: str) -> str:
-    """What follows a name and an equals sign at the start ("x = 3", "f(x) = 3"), or the text as it is."""
+    """The text without a name and equals sign at its start: "3" for "x = 3" and for "f(x) = 3"."""
     named = _NAME_EQUALS.match(text)
     return text[named.end() :] if named else text
 
@@ -236,7 +238,7 @@ def _value(match: re.Match[str]) -> Fraction:
 
 
 def _unit(rest: str) -> bool | None:
-    """Whether what follows a number is a percent sign (True) or nothing or a unit (False); None: neither."""
+    """What follows a number: True for a percent sign, False for nothing or a unit, None for anything else."""
     tail = rest.strip()
     if not tail or tail in "$€£¥":
         return False
@@ -258,13 +260,13 @@ def _unit(rest: str) -> bool | None:
 
 
 def is_unit(text: str) -> bool:
-    """Whether text behind a number is nothing, a percent sign or a unit, and so leaves the number what it is."""
+    """Whether text that follows a number is nothing, a percent sign or a unit, so that the number stays what it is."""
     return _unit(f" {text.translate(_CHARACTERS)}") is not None
 
 
 def numbers_equal(answer: Number, ground_truth: Number) -> bool:
-    """Exact equality. A percentage equals its number and its hundredth ("50%" is 50 and 0.5) where the other is none:
-    data sets write both."""
+    """Exact equality. If only one of the two is a percentage, its hundredth will do as well: data sets write "50%" as
+    50 and as 0.5."""
     if answer.value == ground_truth.value:
         return True
     return (answer.percent and not ground_truth.percent and answer.value / 100 == ground_truth.value) or (
@@ -273,14 +275,14 @@ def numbers_equal(answer: Number, ground_truth: Number) -> bool:
 
 
 def equal(answer: str | None, ground_truth: str) -> bool | None:
-    """Whether an answer equals the ground_truth one: as numbers, else as normalised text. None: only algebra could tell."""
+    """Whether an answer equals the ground truth, as a number or as normalized text; None if only algebra could tell."""
     if answer is None or not answer.strip() or len(answer) > MAX_ANSWER:
         return False
-    number, gold_number = parse_number(answer), parse_number(ground_truth)
-    if number is not None and gold_number is not None:
-        return numbers_equal(number, gold_number)
+    number, true_number = parse_number(answer), parse_number(ground_truth)
+    if number is not None and true_number is not None:
+        return numbers_equal(number, true_number)
     if normalize(answer) == normalize(ground_truth):
         return True
-    if gold_number is not None and not re.search(r"[0-9\\]", answer):
-        return False  # words are no number
+    if true_number is not None and not re.search(r"[0-9\\]", answer):
+        return False  # an answer in words is no number
     return None

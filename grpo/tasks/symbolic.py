@@ -1,5 +1,8 @@
-"""Equality by algebra, through math-verify. Imported by the workers of a `Sandbox` only: an expression may take any
-time and memory, and sympy and antlr have no business in a training process."""
+"""Equality by algebra, through math-verify.
+
+Only the workers of a `Sandbox` import this module: an expression may take any amount of time and memory, and a training
+process has no need of sympy and antlr.
+"""
 
 import re
 
@@ -7,10 +10,10 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from grpo.tasks.answers import is_unit, strip_name
 
-# Only the LaTeX grammar: math-verify's other one goes through sympy's parse_expr, which is an eval.
+# We allow the LaTeX grammar alone, since math-verify's other grammar calls sympy's parse_expr, which is an eval.
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
-# Between two answers, of which math-verify takes one.
+# Relations may join two answers, and math-verify would pick one of them.
 _RELATION = re.compile(
     r"\\(?:approx|equiv|simeq|sim|cong|neq?|[bp]?mod|to|(?:long)?(?:left)?rightarrow|(?:Left)?Rightarrow|iff|implies|vee|lor)"
     r"(?![A-Za-z])"
@@ -20,10 +23,10 @@ _LETTERS = re.compile(r"[A-Z](?:\s*,?\s*[A-Z])*")
 
 
 def symbolic_equal(answer: str, ground_truth: str) -> bool:
-    """Whether math-verify finds the two LaTeX expressions equal, and the answer is one answer."""
+    """Whether math-verify finds the two LaTeX expressions equal, and the answer is a single one."""
     value = answer if "=" in ground_truth else strip_name(answer)
     if "=" in value and "=" not in ground_truth:
-        # math-verify compares the right side of any equation, of "1 = 18" too; only a name may stand on the left.
+        # math-verify compares the right side of any equation, so "1 = 18" would be 18. Only a name may stand left.
         return False
     if not _is_one_answer(answer, ground_truth):
         return False
@@ -35,18 +38,19 @@ def symbolic_equal(answer: str, ground_truth: str) -> bool:
 
 
 def _is_one_answer(answer: str, ground_truth: str) -> bool:
-    """False where math-verify would pass over what makes the answer another one, or two."""
+    """False if math-verify would ignore the part of the text that makes it another answer, or two answers."""
     if set(_RELATION.findall(answer)) - set(_RELATION.findall(ground_truth)):
         return False
     if not _balanced(answer):
-        return False  # a closing brace would end the box, and what follows be dropped
+        return False  # a stray closing brace would end the box, and math-verify would drop the rest
     texts = _TEXT.findall(answer)
     if texts and not _TEXT.search(ground_truth) and not all(is_unit(text) for text in texts):
-        return False  # it drops text: "18\\text{ or 17}" is 18 to it
+        return False  # math-verify drops text: it reads "18\\text{ or 17}" as 18
     bases, right = ([b for b in _BASE.findall(text) if b != "10"] for text in (answer, ground_truth))
     if bases and bases != right:
-        return False  # it drops subscripts: 2516_9 is 2516_8 to it
-    return not _LETTERS.fullmatch(ground_truth.strip())  # ABC is no product, so text decides, and has found it another
+        return False  # math-verify drops subscripts: to it 2516_9 and 2516_8 are equal
+    # Letters such as ABC are names, not a product, and as text the answer was already found to be different.
+    return not _LETTERS.fullmatch(ground_truth.strip())
 
 
 def _balanced(text: str) -> bool:
@@ -58,4 +62,4 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-symbolic_equal("x^2+1", r"\frac{1}{2}")  # builds the parser's tables, which must not count as anyone's time
+symbolic_equal("x^2+1", r"\frac{1}{2}")  # builds the parser's tables at import, so that no call pays for them
