@@ -182,7 +182,7 @@ def recipe(directory: list[str]) -> None:
     """quickstart_grpo.py on a random model that lies beside the run, with a reward that such a model can get."""
     import quickstart_grpo
 
-    quickstart_grpo.correct = lambda completions, ground_truths: [float(len(c) % 2) for c in completions]
+    quickstart_grpo.correctness = lambda completions, ground_truths, **_: [float(len(c) % 2) for c in completions]
     flags = {
         "model": Path(directory[1]).with_name("model"), "steps": 40, "save-every": 2, "eval-every": 5,
         "eval-questions": 2, "prompts-per-step": 2, "group-size": 2, "max-completion-tokens": 6, "lora-rank": 2,

@@ -3,6 +3,7 @@
 python tests/test_cli.py --steps 3
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Literal
 
 import pytest
 import run_driver
+from conftest import ROOT, load_recipe
 from run_driver import arguments, train
 
 from grpo.errors import UserError
-from grpo.runs.args import vllm_installed
+from grpo.runs.args import flat_args, vllm_installed, with_values
 from grpo.runs.cli import check_args, parse_args
 from grpo.runs.record import open_record
 from grpo.runs.run import RunFlags
@@ -158,6 +160,13 @@ def test_a_resume_begins_with_the_arguments_of_the_run(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*_grpo.py")))
+def test_arguments_of_a_recipe_come_back_from_json(name):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.py")
+    args = parse_args(recipe.Args, ["--run-dir", "a", "--adapter", "b", "--gpu-memory-gib", "12"])
+    assert with_values(recipe.Args(), json.loads(json.dumps(flat_args(args)))) == args
+
+
 def test_every_kind_of_value_comes_back_from_run_json(tmp_path):
     words = "--steps 4 --fused True --dry-run --temperature 0.5 --eval-every 7 --run-dir".split()
     args = parse_args(Args, [*words, str(tmp_path / "run")])
@@ -221,7 +230,7 @@ def test_a_program_shows_a_user_s_error_in_one_line(tmp_path, words, code, error
     (tmp_path / "test_program.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Args:\n    steps: int = 1\n"
     )
-    environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}", "PATH": ""}
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
     command = [sys.executable, "-c", PROGRAM, *words.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == code

@@ -69,10 +69,18 @@ def with_values(default: T, values: Mapping[str, Any]) -> T:
         if dataclasses.is_dataclass(value):
             changed[field.name] = with_values(value, values)
         elif field.name in values:
-            found = values[field.name]
-            is_path = Path in (hints[field.name], *typing.get_args(hints[field.name]))
-            changed[field.name] = Path(found) if is_path and isinstance(found, str) else found
+            changed[field.name] = _from_json(values[field.name], hints[field.name])
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """A value of JSON as a field of this type: texts may stand for paths, and lists for tuples."""
+    kinds = {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    if isinstance(value, list) and tuple in kinds:
+        return tuple(value)
+    return value
 
 
 def check_args(args: Any) -> None:

@@ -37,7 +37,7 @@ def parse_args(cls: type[T], argv: Sequence[str] | None = None) -> T:
         cls,
         args=argv,
         description=sys.modules[cls.__module__].__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         default=_args_of_run(cls, Path(resume)) if resume else tyro.MISSING_NONPROP,
     )
     check_args(args)
