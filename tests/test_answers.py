@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,20 +82,11 @@ NOT_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "value"), NUMBERS)
-def test_number(text, value):
-    number = parse_number(text)
-    assert (number and number.value) == value
-
-
-@pytest.mark.parametrize("text", NOT_NUMBERS)
-def test_not_a_number(text):
-    assert parse_number(text) is None
-
-
-@pytest.mark.parametrize("text", ["50%", r"50\%", "50 %", "50 percent", r"$50\%$", "50%."])
-def test_percent(text):
-    assert parse_number(text) == (50, True)
+def test_numbers():
+    assert {text: number and number.value for text, _ in NUMBERS for number in [parse_number(text)]} == dict(NUMBERS)
+    assert [text for text in NOT_NUMBERS if parse_number(text) is not None] == []
+    for text in "50%", r"50\%", "50 %", "50 percent", r"$50\%$", "50%.":
+        assert parse_number(text) == (50, True)
 
 
 @given(
@@ -120,117 +110,112 @@ def test_every_spelling_of_a_decimal_is_that_decimal(scaled, places):
         assert parse_number(last_number(f"It was 7. So it is {text}.")).value == value
 
 
-@pytest.mark.parametrize(
-    ("answer", "ground_truth", "expected"),
-    [
-        ("18", "18", True),
-        ("18.0", "18", True),
-        ("18.00000000000000001", "18", False),  # exact: no rounding by floats
-        ("0.3333", "1/3", False),
-        ("0.5", r"\frac{1}{2}", True),
-        ("1,000", "1000", True),
-        ("-18", "18", False),
-        ("50%", "50", True),
-        ("50%", "0.5", True),
-        ("0.5", r"50\%", True),
-        ("50", r"50\%", True),
-        ("5000%", "50%", False),
-        ("50%", "5000", False),
-        ("18 eggs", "18 dollars", True),  # units are not read
-        (r"\text{East}", "east", True),
-        ("(C)", "C", True),
-        ("B", "C", None),
-        ("eighteen", "18", False),
-        (r"2\sqrt{3}", r"\sqrt{12}", None),
-        (r"\Delta", r"\delta", None),
-        ("9*2", "18", None),
-        ("", "", False),
-        (None, "18", False),
-        ("x" * (MAX_ANSWER + 1), "x" * (MAX_ANSWER + 1), False),
-    ],
-)
-def test_equal(answer, ground_truth, expected):
-    assert equal(answer, ground_truth) is expected
+EQUAL = [
+    ("18", "18", True),
+    ("18.0", "18", True),
+    ("18.00000000000000001", "18", False),  # exact: no rounding by floats
+    ("0.3333", "1/3", False),
+    ("0.5", r"\frac{1}{2}", True),
+    ("1,000", "1000", True),
+    ("-18", "18", False),
+    ("50%", "50", True),
+    ("50%", "0.5", True),
+    ("0.5", r"50\%", True),
+    ("50", r"50\%", True),
+    ("5000%", "50%", False),
+    ("50%", "5000", False),
+    ("18 eggs", "18 dollars", True),  # units are not read
+    (r"\text{East}", "east", True),
+    ("(C)", "C", True),
+    ("B", "C", None),
+    ("eighteen", "18", False),
+    (r"2\sqrt{3}", r"\sqrt{12}", None),
+    (r"\Delta", r"\delta", None),
+    ("9*2", "18", None),
+    ("", "", False),
+    (None, "18", False),
+    ("x" * (MAX_ANSWER + 1), "x" * (MAX_ANSWER + 1), False),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (r"\boxed{5}", "5"),
-        (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"\boxed{\text{a {nested {deep}} b}}", r"\text{a {nested {deep}} b}"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # escaped braces do not balance
-        (r"\boxed{1} or \boxed{2}", "2"),
-        (r"\boxed 5", "5"),
-        (r"so it is \boxed 5 apples, not 6", "5"),
-        (r"$\boxed 2\sqrt{2}$ in all", r"2\sqrt{2}"),
-        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
-        (r"\fbox{7}", "7"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"\boxed{}", ""),
-        (r"\boxed{1} then \boxed{2", None),  # the last one was cut off
-        (r"\boxed", None),
-        ("boxed{5}", None),
-        (r"\boxed{" * 50_000, None),
-    ],
-)
-def test_boxed(text, expected):
-    assert extract_boxed(text) == expected
+def test_equal():
+    assert [(answer, ground_truth, equal(answer, ground_truth)) for answer, ground_truth, _ in EQUAL] == EQUAL
 
 
-@pytest.mark.parametrize(
-    ("text", "strict", "lenient"),
-    [
-        ("<answer>18</answer>", "18", "18"),
-        ("<reasoning>\na\n</reasoning>\n<answer>\n18\n</answer>\n", "18", "18"),
-        ("<answer>17</answer><answer>18</answer>", "18", "18"),
-        (r"<answer>\boxed{18}</answer>", "18", "18"),
-        (r"\boxed{17} <answer>18</answer>", "18", "18"),
-        (r"<think>\boxed{17}</think> \boxed{18}", "18", "18"),
-        ("<reasoning><answer>18</answer></reasoning>", None, "18"),
-        ("a <answer>17</answer> b</think> 18", None, "18"),
-        ("<answer>18", None, "18"),
-        ("<answer>It is 18 eggs.</answer>", "It is 18 eggs.", "18"),
-        ("<answer>yes</answer>", "yes", "yes"),
-        ("<answer></answer> 18", "", ""),
-        ("The answer is 18, not 17", None, "17"),
-        ("#### 1,000\n", None, "1,000"),
-        # What comes after the line that answers is about something else.
-        ("The answer is 24 * 5 = 120 minutes.\n\nSo he drives 120 minutes of his 4 hours.", None, "120"),
-        ("The answer is:\n\n18\n(in 3 steps)", None, "18"),
-        ("<answer>18\nStep 2 of 3", None, "18"),
-        ("The answer is 18 eggs", None, "18 eggs"),
-        ("so 16-3-4=9 eggs, $-1,234.50.", None, "$-1,234.50"),
-        ("no number", None, None),
-        ("</answer>18<answer>", None, None),
-        ("<ANSWER>18</ANSWER>", None, "18"),
-    ],
-)
-def test_extraction(text, strict, lenient):
-    assert extract_answer(text) == strict
-    assert extract_lenient(text) == lenient
+BOXED = [
+    (r"\boxed{5}", "5"),
+    (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+    (r"\boxed{\text{a {nested {deep}} b}}", r"\text{a {nested {deep}} b}"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # escaped braces do not balance
+    (r"\boxed{1} or \boxed{2}", "2"),
+    (r"\boxed 5", "5"),
+    (r"so it is \boxed 5 apples, not 6", "5"),
+    (r"$\boxed 2\sqrt{2}$ in all", r"2\sqrt{2}"),
+    (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+    (r"\fbox{7}", "7"),
+    (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{}", ""),
+    (r"\boxed{1} then \boxed{2", None),  # the last one was cut off
+    (r"\boxed", None),
+    ("boxed{5}", None),
+    (r"\boxed{" * 50_000, None),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("10-3", "3"),
-        ("(3)-4", "4"),
-        ("-5 -6", "-6"),
-        ("1,2,3", "3"),
-        ("3/4 of", "3/4"),
-        ("50%", "50%"),
-        ("3.5.", "3.5"),
-        ("1\u0668", None),  # an Arabic-Indic digit makes it another number
-        ("\u0661\u0668", None),
-        ("1" * 100_000, None),  # longer than any number
-        ("1," * 50_000, "1"),
-        ("7 " + "x" * 2000, None),  # further back than an answer stands
-    ],
-)
-def test_last_number(text, expected):
-    assert last_number(text) == expected
+def test_boxed():
+    assert [(text, extract_boxed(text)) for text, _ in BOXED] == BOXED
+
+
+ANSWERS = [
+    ("<answer>18</answer>", "18", "18"),
+    ("<reasoning>\na\n</reasoning>\n<answer>\n18\n</answer>\n", "18", "18"),
+    ("<answer>17</answer><answer>18</answer>", "18", "18"),
+    (r"<answer>\boxed{18}</answer>", "18", "18"),
+    (r"\boxed{17} <answer>18</answer>", "18", "18"),
+    (r"<think>\boxed{17}</think> \boxed{18}", "18", "18"),
+    ("<reasoning><answer>18</answer></reasoning>", None, "18"),
+    ("a <answer>17</answer> b</think> 18", None, "18"),
+    ("<answer>18", None, "18"),
+    ("<answer>It is 18 eggs.</answer>", "It is 18 eggs.", "18"),
+    ("<answer>yes</answer>", "yes", "yes"),
+    ("<answer></answer> 18", "", ""),
+    ("The answer is 18, not 17", None, "17"),
+    ("#### 1,000\n", None, "1,000"),
+    # What comes after the line that answers is about something else.
+    ("The answer is 24 * 5 = 120 minutes.\n\nSo he drives 120 minutes of his 4 hours.", None, "120"),
+    ("The answer is:\n\n18\n(in 3 steps)", None, "18"),
+    ("<answer>18\nStep 2 of 3", None, "18"),
+    ("The answer is 18 eggs", None, "18 eggs"),
+    ("so 16-3-4=9 eggs, $-1,234.50.", None, "$-1,234.50"),
+    ("no number", None, None),
+    ("</answer>18<answer>", None, None),
+    ("<ANSWER>18</ANSWER>", None, "18"),
+]
+
+
+def test_extraction():
+    assert [(text, extract_answer(text), extract_lenient(text)) for text, *_ in ANSWERS] == ANSWERS
+
+
+LAST_NUMBERS = [
+    ("10-3", "3"),
+    ("(3)-4", "4"),
+    ("-5 -6", "-6"),
+    ("1,2,3", "3"),
+    ("3/4 of", "3/4"),
+    ("50%", "50%"),
+    ("3.5.", "3.5"),
+    ("1\u0668", None),  # an Arabic-Indic digit makes it another number
+    ("\u0661\u0668", None),
+    ("1" * 100_000, None),  # longer than any number
+    ("1," * 50_000, "1"),
+    ("7 " + "x" * 2000, None),  # further back than an answer stands
+]
+
+
+def test_last_number():
+    assert [(text, last_number(text)) for text, _ in LAST_NUMBERS] == LAST_NUMBERS
 
 
 def test_final_answer():

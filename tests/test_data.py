@@ -10,6 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grpo.errors import UserError
+from grpo.sampler import Question
 from grpo.tasks.data import (
     Example,
     arithmetic_examples,
@@ -20,8 +22,10 @@ from grpo.tasks.data import (
     fixed_sample,
     in_held_out,
     load_examples,
+    load_questions,
     load_splits,
     question_hash,
+    split_questions,
 )
 
 ROWS = [
@@ -65,11 +69,14 @@ def test_folder_with_splits(tmp_path):
     write(tmp_path / "test.csv", ROWS[3:])
     assert load_examples(str(tmp_path)) == EXAMPLES[:3]
     assert load_examples(str(tmp_path), split="test") == EXAMPLES[3:]
-    with pytest.raises(ValueError, match=r"holds no validation\.jsonl, \.csv or \.parquet"):
+    with pytest.raises(UserError, match=r"holds no validation\.jsonl, \.csv or \.parquet"):
         load_examples(str(tmp_path), split="validation")
+    (tmp_path / "dev.jsonl").write_text('{"question": "b"}\n')
+    with pytest.raises(UserError, match=r"dev\.jsonl, line 1: no field 'answer'"):
+        load_examples(str(tmp_path), split="dev")
 
 
-def test_gold_is_the_final_answer(tmp_path):
+def test_the_ground_truth_is_the_final_answer(tmp_path):
     rows = [
         {"question": "a", "answer": "so\n#### 1,000"},
         {"question": "b", "answer": r"so $\boxed{\frac{1}{2}}$"},
@@ -88,7 +95,10 @@ def test_repeated_questions_are_dropped_and_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "b"}', r"x\.jsonl, line 2: no field 'answer'; it has 'question'\. Rename them"),
+        (
+            '{"question": "b"}',
+            r"x\.jsonl, line 2: no field 'answer'; it has 'question'\. .* load_questions\(\.\.\., question=",
+        ),
         ('{"question": " ", "answer": 1}', "line 2: field 'question' is empty"),
         ('{"question": "b", "answer": null}', "line 2: field 'answer' is empty"),
         ('{"question": "b", "answer": "so ####"}', "line 2: field 'answer' holds no answer after its mark"),
@@ -99,24 +109,24 @@ def test_repeated_questions_are_dropped_and_said(tmp_path, caplog):
 def test_bad_row_is_named(tmp_path, line, message):
     path = tmp_path / "x.jsonl"
     path.write_text('{"question": "a", "answer": 1}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_examples(str(path))
 
 
 def test_bad_sources(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_examples(str(tmp_path / "absent.jsonl"))
     (tmp_path / "data.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"cannot read a \.txt; use \.jsonl, \.csv or \.parquet"):
+    with pytest.raises(UserError, match=r"cannot read a \.txt; use \.jsonl, \.csv or \.parquet"):
         load_examples(str(tmp_path / "data.txt"))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(UserError, match="holds no rows"):
         load_examples(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match="limit 0 must be at least 1"):
+    with pytest.raises(UserError, match="limit 0 must be at least 1"):
         load_examples("arithmetic", limit=0)
-    with pytest.raises(ValueError, match='arithmetic has "train" and "test"'):
+    with pytest.raises(UserError, match='arithmetic has "train" and "test"'):
         load_examples("arithmetic", split="validation")
-    with pytest.raises(ValueError, match='gsm8k has "train" and "test"'):  # not its training questions instead
+    with pytest.raises(UserError, match='gsm8k has "train" and "test"'):  # not its training questions instead
         load_examples("gsm8k", split="validation")
 
 
@@ -127,26 +137,19 @@ def test_unreachable_hub_names_flag_and_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match="--data openai/gsm8k") as error:
+    with pytest.raises(UserError, match="--data openai/gsm8k") as error:
         load_examples("gsm8k")
     assert "\n" not in str(error.value)
     assert "or give a folder that holds train.jsonl and test.jsonl" in str(error.value)
 
 
-def test_of_a_folder_the_file_is_named(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": 1}\n')
-    (tmp_path / "test.jsonl").write_text('{"question": "b"}\n')
-    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: no field 'answer'"):
-        load_examples(str(tmp_path), split="test")
-
-
-@pytest.mark.parametrize("source", ["/no/such/folder", "./no/such", "data/of/mine"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source, monkeypatch):
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match=f"--data {source}: no such file or folder"):
-        load_examples(source)
+    for source in "/no/such/folder", "./no/such", "data/of/mine":
+        with pytest.raises(UserError, match=f"--data {source}: no such file or folder"):
+            load_examples(source)
 
 
 def test_hub_sets_and_their_fields(monkeypatch):
@@ -211,19 +214,76 @@ def test_by_hash_does_not_depend_on_order_or_company():
 
 def test_check_disjoint():
     check_disjoint(EXAMPLES[:3], EXAMPLES[3:])
-    with pytest.raises(ValueError, match=r"1 test questions are training questions too, the first 'HOW many is 2\?"):
+    with pytest.raises(UserError, match=r"1 test questions are training questions too, the first 'HOW many is 2\?"):
         check_disjoint(EXAMPLES, [Example("new", "1"), Example("HOW many is 2? ", "9")])
 
 
+def asked(examples):
+    """The questions of these examples, their prompts as long as their texts."""
+    return [Question(e.question, e.ground_truth, encode(e.question)) for e in examples]
+
+
+def encode(question):
+    return list(question.encode())
+
+
 def test_drop_long(caplog):
-    examples = [Example("a" * n, "1") for n in (3, 5, 9, 12)]
-    with caplog.at_level(logging.WARNING):
-        assert drop_long(examples, len, 12) == examples
-        assert caplog.text == ""
-        assert drop_long(examples, len, 5, what="characters") == examples[:2]
-    assert "dropped 2 of 4 questions of more than 5 characters (the longest has 12)" in caplog.text
-    with pytest.raises(ValueError, match=r"all 4 questions are longer than 2 prompt tokens \(the shortest has 3\)"):
-        drop_long(examples, len, 2)
+    questions = asked(Example("a" * n, "1") for n in (3, 5, 9, 12))
+    assert drop_long(questions, 12) == questions
+    assert caplog.text == ""
+    assert drop_long(questions, 5) == questions[:2]
+    assert "dropped 2 of 4 questions of more than 5 prompt tokens (the longest has 12)" in caplog.text
+    with pytest.raises(
+        UserError, match=r"all 4 .* longer than 2 prompt tokens \(the shortest has 3\); raise --max-prompt-tokens"
+    ):
+        drop_long(questions, 2)
+
+
+def test_a_fixed_sample_depends_on_the_questions_alone():
+    questions = asked(arithmetic_examples(60))
+    sample = fixed_sample(questions, 20)
+    assert sample == fixed_sample(questions[::-1], 20)
+    assert sample[:5] == fixed_sample(questions, 5)
+    assert len({q.text for q in sample}) == 20
+    assert sample != questions[:20]  # not the file's beginning
+    assert sorted(fixed_sample(questions, 1000)) == sorted(questions)
+
+
+def test_questions_of_a_recipe(tmp_path):
+    """Prompts are encoded once; long ones go before the held-out sample is drawn; the two parts share no question."""
+    train = [{"q": f"Train {i}?", "answer": str(i)} for i in range(4)] + [{"q": "x" * 50, "answer": "1"}]
+    test = [{"q": f"Test {i}?", "answer": str(i)} for i in range(30)] + [
+        {"q": f"{i}" * 50, "answer": "1"} for i in "123"
+    ]
+    write(tmp_path / "train.jsonl", train)
+    write(tmp_path / "test.jsonl", test)
+    encoded = []
+
+    def counted(question):
+        encoded.append(question)
+        return encode(question)
+
+    first, held_out = load_questions(str(tmp_path), counted, max_prompt_tokens=20, held_out=5, question="q")
+    assert first == asked(Example(row["q"], row["answer"]) for row in train[:4])
+    assert encoded == [row["q"] for row in train + test]
+    short = asked(Example(row["q"], row["answer"]) for row in test[:30])
+    assert held_out == fixed_sample(short, 5)
+    everything = load_questions(str(tmp_path), encode, max_prompt_tokens=20, held_out=100, question="q")[1]
+    assert everything == fixed_sample(short, 30)
+    with pytest.raises(UserError, match="raise --max-prompt-tokens"):
+        load_questions(str(tmp_path), encode, max_prompt_tokens=3, held_out=5, question="q")
+    write(tmp_path / "train.jsonl", [*train, test[0]])
+    with pytest.raises(UserError, match="1 test questions are training questions too"):
+        load_questions(str(tmp_path), encode, max_prompt_tokens=20, held_out=30, question="q")
+
+
+def test_questions_of_generated_examples_keep_their_order():
+    examples = countdown_examples(8, numbers=2), countdown_examples(3, numbers=2, split="test")
+    assert split_questions(*examples, encode, max_prompt_tokens=500) == (asked(examples[0]), asked(examples[1]))
+    train = [Example("a long question", "1"), Example("b?", "2"), Example("a?", "3")]
+    assert split_questions(train, EXAMPLES[:1], encode, max_prompt_tokens=14)[0] == asked(train[1:])
+    with pytest.raises(UserError, match="1 test questions are training questions too"):
+        split_questions(train, train[1:2], encode, max_prompt_tokens=14)
 
 
 # ------------------------------------------------------------------------------------------------- generated
@@ -239,7 +299,7 @@ def value(question):
     raise AssertionError(question)
 
 
-def test_arithmetic_golds_are_right_and_distinct():
+def test_arithmetic_answers_are_right_and_questions_distinct():
     for operations in "+", "-", "*", "/", "+-*/":
         examples = arithmetic_examples(60, digits=2, operations=operations)
         assert len({e.question for e in examples}) == 60
@@ -259,7 +319,7 @@ def test_arithmetic_splits_are_disjoint_as_sums_and_make_the_whole():
     assert 10 <= len(test) <= 30
     unordered = [{tuple(sorted(e.question[8:-1].split("+"))) for e in part} for part in (train, test)]
     assert not unordered[0] & unordered[1]  # neither 3+4 nor 4+3
-    large = [arithmetic_examples(2000, digits=6, split=split, seed=s) for s, split in enumerate(("train", "test"))]
+    large = [arithmetic_examples(500, digits=6, split=split, seed=s) for s, split in enumerate(("train", "test"))]
     check_disjoint(*large)
     assert load_examples("arithmetic", split="test") == arithmetic_examples(split="test")
 
@@ -276,11 +336,11 @@ def test_arithmetic_operands_have_at_most_so_many_digits():
         ({"n": 5, "digits": 0}, r"digits 0 must lie in 1\.\.9"),
         ({"n": 5, "operations": "^"}, "operations '\\^' must be some of"),
         ({"n": 5, "operations": ""}, "operations '' must be some of"),
-        ({"n": None, "digits": 4}, "say how many are wanted"),
+        ({"n": None, "digits": 4}, "say how many you want"),
     ],
 )
 def test_arithmetic_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         arithmetic_examples(**arguments)
 
 
@@ -315,9 +375,9 @@ def test_countdown_puzzles_are_solvable():
 
 
 def test_countdown_splits():
-    train, test = (countdown_examples(200, numbers=3, split=split) for split in ("train", "test"))
-    assert countdown_examples(200, numbers=3) == train
-    assert countdown_examples(200, numbers=3, seed=1) != train
+    train, test = (countdown_examples(80, numbers=2, max_number=20, split=split) for split in ("train", "test"))
+    assert countdown_examples(80, numbers=2, max_number=20) == train
+    assert countdown_examples(80, numbers=2, max_number=20, seed=1) != train
 
     def key(example):
         target, given = example.ground_truth.split(": ")
@@ -325,20 +385,10 @@ def test_countdown_splits():
 
     assert not set(map(key, train)) & set(map(key, test))
     assert load_examples("countdown", split="test", limit=5) == countdown_examples(5, split="test")
-    with pytest.raises(ValueError, match="numbers=1"):
+    with pytest.raises(UserError, match="numbers=1"):
         countdown_examples(5, numbers=1)
-    with pytest.raises(ValueError, match="could not be found"):
+    with pytest.raises(UserError, match="could not find 5 different puzzles"):
         countdown_examples(5, numbers=2, max_number=1)
-
-
-def test_a_fixed_sample_depends_on_the_questions_alone():
-    examples = arithmetic_examples(60)
-    sample = fixed_sample(examples, 20)
-    assert sample == fixed_sample(examples[::-1], 20)
-    assert sample[:5] == fixed_sample(examples, 5)
-    assert len(set(sample)) == 20
-    assert sample != examples[:20]  # not the file's beginning
-    assert sorted(fixed_sample(examples, 1000)) == sorted(examples)
 
 
 def test_splits_of_a_folder_and_of_a_single_file(tmp_path, caplog):
@@ -356,7 +406,7 @@ def test_splits_of_a_folder_and_of_a_single_file(tmp_path, caplog):
     assert f"no splits: {len(test)} of its 200 questions are held out" in caplog.text
     shuffled = write(tmp_path / "two.jsonl", rows[::-1])
     assert {*load_splits(shuffled)[1]} == {*test}  # by the question, wherever it stands
-    with pytest.raises(ValueError, match=r"--data .*: 2 questions are too few.*train\.jsonl and test\.jsonl"):
+    with pytest.raises(UserError, match=r"--data .*: 2 questions are too few.*train\.jsonl and test\.jsonl"):
         load_splits(write(tmp_path / "few.jsonl", [e._asdict() | {"answer": e.ground_truth} for e in train[:2]]))
 
 

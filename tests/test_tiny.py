@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.policy.models import cache_dir, encode_chat, stop_ids
+from grpo.policy.chat import encode_chat, stop_ids
+from grpo.policy.sources import cache_dir
 from grpo.tasks import tiny
 from grpo.tasks.data import check_disjoint, in_held_out
 from grpo.tasks.rewards import correctness
@@ -66,7 +68,7 @@ def test_tokenizer(tokenizer):
     answer = tokenizer.tokenize(careful(345, 678))
     assert answer[0] == "<think>"
     assert [t for t in answer if re.search(r"\d", t)] == re.findall(r"\d", careful(345, 678))
-    prompt = encode_chat(tokenizer, [{"role": "user", "content": "What is 1+1?"}])
+    prompt = encode_chat(tokenizer, "What is 1+1?")
     assert prompt.count(tokenizer.bos_token_id) == 1
     assert prompt[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
@@ -79,7 +81,7 @@ def test_targets_are_the_answers(tokenizer):
     for row, target, (question, answer) in zip(ids, targets, examples):
         learnt = tokenizer.decode(target[target >= 0])
         assert learnt == answer + "</s>"
-        prompt = encode_chat(tokenizer, [{"role": "user", "content": settings.prompt.format(question=question)}])
+        prompt = encode_chat(tokenizer, settings.prompt.format(question=question))
         assert row[: len(prompt)].tolist() == prompt
         assert (target[: len(prompt) - 1] == -100).all()
         at = target >= 0
@@ -113,7 +115,7 @@ def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny.LlamaForCausalLM, "save_pretrained", interrupted)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny_model(QUICK)
     assert list(cache_dir().iterdir()) == []
