@@ -1,27 +1,30 @@
-"""The adapted NF4 layer in one step against PEFT's own forward: values, gradients, and everything it leaves to PEFT.
+"""The adapted NF4 layer against PEFT's own forward: values and gradients, in fp32 and bf16.
 
-The functions of this file serve tests/gpu/test_lora.py too."""
-
-import importlib.metadata
+The functions of this file serve the other tests of the policy too."""
 
 import pytest
 import torch
 from conftest import write_model
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
 import grpo.policy.lora
-from grpo.policy.layers import fuse_layers
-from grpo.policy.lora import fuse_adapters
-from grpo.policy.models import load_policy, reference_policy, trainable_parameters
-from grpo_rollout.engine import Sampling
+import grpo.policy.patches
+from grpo.policy.models import Policy, load_policy, reference_policy, trainable_parameters
+from grpo.policy.patches import fuse_adapters, fuse_layers
+from grpo.sampler import Sampling
 from grpo_rollout.torch.engine import TorchEngine
 
 IDS = torch.tensor([[1, 9, 10, 11, 30, 12], [1, 20, 21, 22, 23, 2]])
 
 
+def load(folder, rank=3, alpha=12, *, kept_layers=None, offload=False, fused=True, device="cpu", seed=0, **flags):
+    """A policy whose adapter matters (a fresh one's B is zero)."""
+    policy = Policy(str(folder), lora_rank=rank, lora_alpha=alpha, **flags)
+    return moved(load_policy(policy, kept_layers=kept_layers, offload=offload, fused=fused, device=device), 1 + seed)
+
+
 def moved(policy, seed: int = 1):
-    """An adapter that matters: B is zero at first."""
+    """The policy with other adapter weights."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in trainable_parameters(policy):
@@ -43,20 +46,10 @@ def relative_error(actual, expected) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
-def test_equals_peft(model_folder, architecture, checkpointing):
-    folder = model_folder(architecture)
-    policy = moved(load_policy(folder, lora_rank=3, lora_alpha=12, gradient_checkpointing=checkpointing, fused=False))
-    expected = run(policy)
-    assert fuse_adapters(policy) == sum(isinstance(m, Linear4bit) for m in policy.modules())
-    actual = run(policy)
-    for a, e in zip(actual, expected):
-        assert relative_error(a, e) < 1e-5
-    with torch.no_grad():  # and the adapter matters
-        for p in trainable_parameters(policy):
-            p.zero_()
-    assert relative_error(run(policy)[0], expected[0]) > 0.1
+def assert_close(actual, expected, bound: float = 1e-5) -> None:
+    """Logits and gradients of `run`."""
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < bound
 
 
 def in_bf16(policy):
@@ -70,27 +63,39 @@ def in_bf16(policy):
     return policy
 
 
-@pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
-def test_bf16_is_no_worse(tmp_path, fuse):
-    """Errors against fp32, of logits and gradients, summed over six models."""
-    theirs, ours = torch.zeros(2), torch.zeros(2)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
+def test_equals_peft(model_folder, architecture):
+    policy = load(model_folder(architecture), fused=False)
+    expected = run(policy)
+    assert fuse_adapters(policy) == sum(isinstance(m, Linear4bit) for m in policy.modules())
+    assert_close(run(policy), expected)
+    with torch.no_grad():  # and the adapter matters
+        for p in trainable_parameters(policy):
+            p.zero_()
+    assert relative_error(run(policy)[0], expected[0]) > 0.1
+
+
+def test_bf16_is_no_worse(tmp_path):
+    """Errors against fp32, of logits and gradients, summed over six models: PEFT's, with our adapters, and with all."""
+    errors = torch.zeros(3, 2)
     for seed in range(6):
         folder = write_model(tmp_path / str(seed), seed=seed, hidden_size=128, intermediate_size=256, head_dim=32,
                              initializer_range=0.06)  # fmt: skip
-        policy = moved(load_policy(str(folder), lora_rank=8, lora_alpha=12, fused=False), seed)
+        policy = moved(load(folder, 8, 12, fused=False), seed)
         exact = run(policy)
         in_bf16(policy)
-        for total in (theirs, ours):
+        for total, patch_next in zip(errors, (fuse_adapters, fuse_layers, lambda _: None)):
             with torch.autocast("cpu", torch.bfloat16):
                 total += torch.tensor([relative_error(a, e) for a, e in zip(run(policy), exact)])
-            if total is theirs:
-                fuse(policy)
-    assert (ours < 1.1 * theirs).all()
-    assert (ours > 1e-2).all()  # it was bf16
+            patch_next(policy)
+    theirs, *ours = errors
+    for ours_ in ours:
+        assert (ours_ < 1.1 * theirs).all()
+        assert (ours_ > 1e-2).all()  # it was bf16
 
 
 def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp_path):
-    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
+    policy = load(model_folder(), fused=False)
     with reference_policy(policy):
         base = policy(input_ids=IDS).logits
     policy.save_pretrained(tmp_path)
@@ -98,36 +103,15 @@ def test_the_reference_is_the_base_model_or_the_frozen_adapter(model_folder, tmp
     fuse_adapters(policy)
     with reference_policy(policy):
         torch.testing.assert_close(policy(input_ids=IDS).logits, base, rtol=0, atol=0)
-    continued = load_policy(model_folder(), lora_rank=4, adapter=tmp_path, fused=False)
-    fuse_adapters(continued)
-    moved(continued, seed=2)
+    continued = moved(load_policy(Policy(model_folder(), adapter=tmp_path)), seed=2)
     with reference_policy(continued):
         torch.testing.assert_close(continued(input_ids=IDS).logits, trained)
     assert (continued(input_ids=IDS).logits - trained).abs().max() > 0.1
 
 
-def test_what_it_does_not_do_is_left_to_peft(model_folder, monkeypatch):
-    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
-    layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
-    taken = []
-    plain = Linear4bit.forward
-    monkeypatch.setattr(Linear4bit, "forward", lambda self, *a: (self is layer and taken.append(1)) or plain(self, *a))
-    fuse_adapters(policy)
-    expected = policy(input_ids=IDS).logits
-    assert not taken
-    layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
-    policy(input_ids=IDS)
-    assert taken == [1]
-    layer.lora_dropout["default"] = torch.nn.Identity()
-    policy.add_adapter("second", policy.peft_config["default"])
-    policy.base_model.set_adapter(["default", "second"])  # the second's B is zero
-    torch.testing.assert_close(policy(input_ids=IDS).logits, expected)
-    assert taken == [1, 1]
-
-
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_frozen_halves_of_an_adapter_get_no_gradient(model_folder, frozen):
-    policy = moved(load_policy(model_folder(), lora_rank=3))
+    policy = load(model_folder(), 3, 3)
     gradients = {}
     for freeze in (False, True):
         for n, p in policy.named_parameters():
@@ -141,37 +125,13 @@ def test_frozen_halves_of_an_adapter_get_no_gradient(model_folder, frozen):
     assert all(torch.equal(g, gradients[False][n]) for n, g in gradients[True].items())
 
 
-def test_a_biased_adapter_is_left_to_peft(model_folder):
-    config = LoraConfig(r=2, target_modules=["up_proj"], lora_bias=True, task_type="CAUSAL_LM")
-    policy = moved(get_peft_model(load_policy(model_folder(), lora_rank=1, fused=False).unload(), config))
-    expected = policy(input_ids=IDS).logits
-    assert fuse_adapters(policy) == 2
-    torch.testing.assert_close(policy(input_ids=IDS).logits, expected, rtol=0, atol=0)
-
-
-def test_few_rows_without_gradient(model_folder, monkeypatch):
-    """What a decoding step on a GPU takes, by its torch reference here."""
-
-    def read_once(x, layers, **_):
-        return [grpo.policy.lora._read_once(x.flatten(0, 1), layer).unflatten(0, x.shape[:2]) for layer in layers]
-
-    monkeypatch.setattr(grpo.policy.lora, "lora_products", read_once)
-    for architecture in ("llama", "qwen2"):
-        policy = moved(load_policy(model_folder(architecture), lora_rank=4, lora_alpha=12, fused=False))
-        with torch.no_grad():
-            expected = policy(input_ids=IDS).logits
-            fuse_adapters(policy)
-            assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
-
-
-@pytest.mark.parametrize("fuse", [fuse_adapters, fuse_layers])
-def test_neighbours_of_other_ranks_and_frozen_parts(model_folder, fuse):
-    """The As of q, k, v and of gate, up are multiplied as one, whatever their ranks, and what of them is frozen."""
-    policy = moved(load_policy(model_folder(), lora_rank=4, lora_alpha=12, fused=False))
+def test_layers_of_other_ranks_and_frozen_parts(model_folder):
+    """The As of q, k, v and of gate, up are multiplied as one, whatever their ranks, and whichever parts are frozen."""
+    policy = load(model_folder(), fused=False)
     generator = torch.Generator().manual_seed(2)
     for name, module in policy.named_modules():
         if name.endswith(("k_proj", "up_proj")):
-            rank = 3 if name.endswith("k_proj") else 7
+            rank = 4 if name.endswith("k_proj") else 7
             for part, shape in (
                 (module.lora_A, (rank, module.in_features)),
                 (module.lora_B, (module.out_features, rank)),
@@ -182,34 +142,58 @@ def test_neighbours_of_other_ranks_and_frozen_parts(model_folder, fuse):
         if name.endswith("gate_proj"):
             module.lora_B["default"].weight.requires_grad_(False)
     expected = run(policy)
-    fuse(policy)
-    for a, e in zip(run(policy), expected):
-        assert relative_error(a, e) < 1e-5
+    for patch in (fuse_adapters, fuse_layers):
+        patch(policy)
+        assert_close(run(policy), expected)
 
 
-def test_decoding_is_what_inference_mode_says(model_folder, monkeypatch):
-    """Where the kernel applies it decodes, and nothing else: a check of the sampler by no_grad must not go its way."""
-    ways = []
-    for name in ("_read_once", "products"):
-        real = getattr(grpo.policy.lora, name)
-        monkeypatch.setattr(
-            grpo.policy.lora, name, lambda *a, name=name, real=real, **k: ways.append(name) or real(*a, **k)
-        )
-    policy = moved(load_policy(model_folder(), lora_rank=4))
+def test_no_rows(model_folder):
+    policy = load(model_folder())
+    layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
+    assert layer(torch.empty(0, 3, layer.in_features)).shape == (0, 3, layer.out_features)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_kernel_that_decodes(model_folder, monkeypatch, architecture):
+    """A decoding step on a GPU takes it; here it is its torch reference."""
+
+    def fused_products(x, layers, **_):
+        results = [grpo.policy.lora.fused_product(x.flatten(0, 1), layer) for layer in layers]
+        return [y.unflatten(0, x.shape[:2]) for y in results]
+
+    monkeypatch.setattr(grpo.policy.patches, "lora_products", fused_products)
+    policy = load(model_folder(architecture), fused=False)
     with torch.no_grad():
         expected = policy(input_ids=IDS).logits
-        assert set(ways) == {"products"}
-    for backend, way in (("fused", {"_read_once"}), ("dequantize", set())):
-        ways.clear()
-        monkeypatch.setattr(grpo.policy.lora, "choose_backend", lambda *a, backend=backend: backend)
+        fuse_adapters(policy)
+        assert relative_error(policy(input_ids=IDS).logits, expected) < 1e-5
+
+
+def test_inference_mode_decodes(model_folder, monkeypatch):
+    """Where the kernel applies it serves inference mode, and nothing else: the check of the sampler, which runs without
+    gradient, must not compute as the sampler does."""
+    calls = []
+    for name in ("fused_product", "lora_products"):
+        real = getattr(grpo.policy.patches, name)
+        monkeypatch.setattr(
+            grpo.policy.patches, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k)
+        )
+    policy = load(model_folder(), 4, 4, fused=False)
+    fuse_adapters(policy)
+    with torch.no_grad():
+        expected = policy(input_ids=IDS).logits
+        assert set(calls) == {"lora_products"}
+    for backend, called in (("fused", {"fused_product"}), ("dequantize", set())):
+        calls.clear()
+        monkeypatch.setattr(grpo.policy.patches, "choose_backend", lambda *a, backend=backend: backend)
         with torch.inference_mode():
             torch.testing.assert_close(policy(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        assert set(ways) == way
+        assert set(calls) == called
 
 
-def test_the_torch_engines_dequantized_copy(model_folder):
-    """The engine's dense twin of the policy has other base layers, which PEFT's forward takes."""
-    policy = moved(load_policy(model_folder(), lora_rank=4, fused=False))
+def test_the_torch_engines_dense_copy(model_folder):
+    """Its base layers are not bitsandbytes', so PEFT's forward runs; the hooks of offloading are copied as well."""
+    policy = load(model_folder(), 4, 4, fused=False, offload=True)
     tokens = []
     for _ in range(2):
         engine = TorchEngine(policy, eos_ids=[2, 3], dequantize=True)
@@ -217,26 +201,3 @@ def test_the_torch_engines_dequantized_copy(model_folder):
         tokens.append([c.token_ids for c in engine.generate([IDS[0].tolist()], 4, Sampling(max_tokens=8), seed=0)])
         fuse_adapters(policy)
     assert tokens[0] == tokens[1]
-
-
-def test_no_rows(model_folder):
-    policy = load_policy(model_folder(), lora_rank=4, fused=False)
-    fuse_adapters(policy)
-    layer = next(m for m in policy.modules() if isinstance(m, Linear4bit))
-    assert layer(torch.empty(0, 3, layer.in_features)).shape == (0, 3, layer.out_features)
-
-
-def test_names_and_files_stay_pefts(model_folder):
-    policy = load_policy(model_folder(), lora_rank=4, fused=False)
-    before = {n: t.clone() for n, t in policy.state_dict().items()}
-    fuse_adapters(policy)
-    after = policy.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[n], t) for n, t in before.items())
-
-
-def test_another_peft_is_refused(model_folder, monkeypatch):
-    policy = load_policy(model_folder(), lora_rank=4, fused=False)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
-    with pytest.raises(ValueError, match=r"written for peft 0\.21\.\* and found 0\.99\.0"):
-        fuse_adapters(policy)

@@ -1,39 +1,41 @@
+"""Loading a policy: weights, adapter, reference, tokenizer; names, GGUF files, and what is refused."""
+
 import json
 import shutil
-import warnings
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import ARCHITECTURES, write_model
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo.errors import UserError
+from grpo.policy.chat import check_context, encode_chat, encode_messages, load_tokenizer, stop_ids
 from grpo.policy.models import (
+    Policy,
     check_policy,
-    check_prompt_lengths,
-    encode_chat,
     load_policy,
-    load_tokenizer,
     reference_policy,
-    resolve_model,
-    stop_ids,
     target_modules,
     trainable_parameters,
 )
+from grpo.policy.sources import resolve_model
 from grpo.runs.checkpoint import save_adapter
 
-CHAT = [{"role": "user", "content": "w9 w10"}]
 IDS = torch.tensor([[1, 9, 10, 11]])
+
+
+def load(folder, **settings):
+    """A policy of rank 4 whose adapter has no scaling."""
+    return load_policy(Policy(folder, lora_rank=4, lora_alpha=4), **settings)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, architecture, monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)  # a CPU for which it has products of its own
-    policy = load_policy(model_folder(architecture), lora_rank=4)
+    policy = load(model_folder(architecture))
     base = policy.get_base_model()
     linears = {n.split(".")[-2] for n, m in policy.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in policy.modules())
     fused = architecture == "phi3"
     attention = {"qkv_proj", "o_proj"} if fused else {"q_proj", "k_proj", "v_proj", "o_proj"}
     mlp = {"gate_up_proj", "down_proj"} if fused else {"gate_proj", "up_proj", "down_proj"}
@@ -57,19 +59,10 @@ def test_policy_is_nf4_with_a_trainable_adapter_on_every_linear(model_folder, ar
     assert (policy(IDS).logits - expected).abs().max() > 1e-3
 
 
-def test_loading_warns_of_nothing(model_folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        load_policy(model_folder(), lora_rank=4, gradient_checkpointing=True)
-
-
-def test_gradient_checkpointing_changes_no_gradient(model_folder):
+def test_activation_checkpointing_changes_no_gradient(model_folder):
     found, passes = [], []
-    for checkpointing, kept in ((False, 0), (True, 0), (True, 1), (True, 9)):
-        policy = load_policy(
-            model_folder(), lora_rank=4, gradient_checkpointing=checkpointing, kept_layers=kept, seed=3
-        )
-        assert policy.get_base_model().is_gradient_checkpointing == checkpointing
+    for kept in (None, 0, 1, 9):
+        policy = load(model_folder(), kept_layers=kept, seed=3)
         calls = []
         for name, module in policy.named_modules():
             if name.endswith("q_proj"):
@@ -86,7 +79,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_folder):
 
 def test_seed_sets_the_adapter(model_folder):
     def first_a(seed):
-        policy = load_policy(model_folder(), lora_rank=4, seed=seed)
+        policy = load(model_folder(), seed=seed)
         return next(p for n, p in policy.named_parameters() if "lora_A" in n)
 
     assert torch.equal(first_a(1), first_a(1))
@@ -94,14 +87,14 @@ def test_seed_sets_the_adapter(model_folder):
 
 
 def test_continued_adapter_has_its_frozen_copy_as_reference(model_folder, tmp_path):
-    policy = load_policy(model_folder(), lora_rank=4)
+    policy = load(model_folder())
     with torch.no_grad():
         for p in trainable_parameters(policy):
             p.normal_(std=0.1)
     trained = policy(IDS).logits.detach()
     policy.save_pretrained(tmp_path / "adapter")
 
-    continued = load_policy(model_folder(), lora_rank=9, adapter=str(tmp_path / "adapter"))
+    continued = load_policy(Policy(model_folder(), lora_rank=9, adapter=tmp_path / "adapter"))
     count = len(trainable_parameters(continued))
     assert count == len(trainable_parameters(policy))  # the reference copy is frozen
     torch.testing.assert_close(continued(IDS).logits, trained)
@@ -116,34 +109,22 @@ def test_continued_adapter_has_its_frozen_copy_as_reference(model_folder, tmp_pa
     assert all(p.grad is not None for p in trainable_parameters(continued))
 
 
-def test_an_adapter_trained_with_dropout_is_continued_without(model_folder, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(model_folder())
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    policy = load_policy(model_folder(), lora_rank=2, adapter=tmp_path / "adapter")
-    ids = torch.arange(8, 24)[None]
-    with torch.no_grad():
-        assert torch.equal(policy(ids).logits, policy(ids).logits)
-        with reference_policy(policy):
-            assert torch.equal(policy(ids).logits, policy(ids).logits)
-
-
 def test_targets(model_folder):
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(model_folder())
     names = target_modules(config, "q_proj,v_proj")
     assert names == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
     assert len(target_modules(config, "*.mlp.*")) == 6
     assert len(target_modules(config, "all-linear")) == 14
-    with pytest.raises(ValueError, match=r"--lora-targets: 'qkv_proj' matches no .* down_proj, gate_proj"):
+    with pytest.raises(UserError, match=r"--lora-targets: 'qkv_proj' matches no .* down_proj, gate_proj"):
         target_modules(config, "q_proj,qkv_proj")
 
 
 def test_chat_encoding_has_one_bos_and_keeps_the_prefill(model_folder):
     tokenizer = load_tokenizer(model_folder())
-    ids = encode_chat(tokenizer, CHAT, prefill="w11")
-    assert ids == [1, 6, 9, 10, 3, 7, 11]
+    assert encode_chat(tokenizer, "w9 w10", prefill="w11") == [1, 6, 9, 10, 3, 7, 11]
+    assert encode_chat(tokenizer, "w9", system="w8") == [1, 5, 8, 3, 6, 9, 3, 7]
+    turns = [{"role": role, "content": "w9"} for role in ("user", "assistant", "user")]
+    assert encode_messages(tokenizer, turns) == [1, 6, 9, 3, 7, 9, 3, 6, 9, 3, 7]
 
 
 def test_stop_ids_hold_every_eos_and_the_end_of_turn(tmp_path):
@@ -164,16 +145,12 @@ def test_gguf(tmp_path, monkeypatch):
     write_gguf(gguf, source, tmp_path / "tiny.gguf")
     folder = resolve_model(str(tmp_path / "tiny.gguf"))
     assert folder == resolve_model(str(tmp_path / "tiny.gguf"))  # made once
-    from transformers import AutoModelForCausalLM
-
     logits = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(IDS).logits for f in (source, folder)]
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].std()  # bf16 in between
     assert not list((tmp_path / "cache" / "grpo-recipes").glob("tmp*"))
 
 
 def write_gguf(gguf, source, path):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     c = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -214,42 +191,44 @@ def write_gguf(gguf, source, path):
 
 
 def test_refuses(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="--model /nowhere/at/all: no such folder"):
+    with pytest.raises(UserError, match="--model /nowhere/at/all: no such folder"):
         load_tokenizer("/nowhere/at/all")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file; give"):
         resolve_model(str(tmp_path / "a.gguf"))
-    with pytest.raises(ValueError, match=r"no config\.json and no \.gguf"):
+    with pytest.raises(UserError, match=r"no config\.json and no \.gguf"):
         resolve_model(str(tmp_path))
     (tmp_path / "a.bin").touch()
-    with pytest.raises(ValueError, match=r"only \.gguf can be read"):
+    with pytest.raises(UserError, match=r"only \.gguf can be read"):
         resolve_model(str(tmp_path / "a.bin"))
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"several \.gguf files"):
+    with pytest.raises(UserError, match=r"several \.gguf files"):
         resolve_model(str(tmp_path))
-    with pytest.raises(ValueError, match="--lora-rank 0"):
-        load_policy(model_folder(), lora_rank=0)
-    with pytest.raises(ValueError, match="--lora-targets: 'nope'"):
-        load_policy(model_folder(), lora_rank=2, lora_targets="nope")
-    with pytest.raises(ValueError, match="--adapter"):
-        load_policy(model_folder(), lora_rank=2, adapter=str(tmp_path))
+    with pytest.raises(UserError, match="--lora-rank 0"):
+        load_policy(Policy(model_folder(), lora_rank=0))
+    with pytest.raises(UserError, match="--lora-targets: 'nope'"):
+        load_policy(Policy(model_folder(), lora_targets="nope"))
+    with pytest.raises(UserError, match=r"--adapter .*: no adapter_config\.json"):
+        load_policy(Policy(model_folder(), adapter=tmp_path))
     made, wider = tmp_path / "adapter", write_model(tmp_path / "wider", hidden_size=128)
-    save_adapter(load_policy(model_folder(), lora_rank=2, lora_targets="q_proj"), made)
+    save_adapter(load_policy(Policy(model_folder(), lora_rank=2, lora_targets="q_proj")), made)
     for other, there in ((wider, r"has \[64, 128\] there"), (model_folder("phi3"), "has no such layer")):
-        with pytest.raises(ValueError, match=rf"--adapter .*q_proj.lora_A.weight does not fit: --model {there}"):
-            check_policy(str(other), lora_rank=2, adapter=made)
-    check_policy(model_folder(), lora_rank=2, adapter=made)
+        with pytest.raises(UserError, match=rf"--adapter .*q_proj.lora_A.weight does not fit: --model {there}"):
+            check_policy(Policy(str(other), adapter=made))
+    check_policy(Policy(model_folder(), adapter=made))
     with pytest.raises(ValueError, match="no trainable parameter"):
         trainable_parameters(torch.nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than --max-prompt-tokens 2 \(prompt 1 has 3"):
-        check_prompt_lengths([[1], [1, 2, 3]], 2)
+    config = AutoConfig.from_pretrained(model_folder())
+    check_context(config, 24, 1000)
+    with pytest.raises(UserError, match=r"--max-prompt-tokens 25 and --max-completion-tokens 1000 .* 1024"):
+        check_context(config, 25, 1000)
 
 
 def test_no_chat_template(model_folder, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(model_folder(), folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(str(folder))
     assert load_tokenizer(str(folder), chat_template=False).pad_token_id == 0
 
@@ -257,5 +236,10 @@ def test_no_chat_template(model_folder, tmp_path):
 def test_unknown_hub_name(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="--model nobody/nothing: could not load the tokenizer"):
+    with pytest.raises(UserError, match="--model nobody/nothing: could not load the tokenizer"):
         load_tokenizer("nobody/nothing")
+
+
+def test_what_stands_for_the_model_in_a_record(model_folder):
+    assert str(Policy(model_folder()).source) == model_folder()
+    assert Policy("owner/name").source == ["owner/name"]

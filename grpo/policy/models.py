@@ -69,13 +69,12 @@ def load_policy(
         layers, whose memory is free again first, keep their activations nevertheless.
     offload: whether the inputs of checkpointed layers wait in host memory, in each forward pass that records gradients.
     fused: whether norms, gated MLPs, rotary embeddings and adapted 4-bit layers pass over memory less often than those
-        of transformers and PEFT (`grpo.policy.layers`), and checkpointed layers save work (`grpo.policy.recompute`).
+        of transformers and PEFT, and checkpointed layers take fewer steps (`grpo.policy.patches`).
     seed: random seed for the adapter's A (its B is 0, so the policy starts as the base model).
     Raises UserError, before a weight is read, for a model, target or adapter that does not exist."""
     from torch import nn
 
-    from grpo.policy.layers import fuse_layers
-    from grpo.policy.recompute import checkpoint_layers, offload_inputs
+    from grpo.policy.patches import checkpoint_layers, fuse_layers, offload_inputs
 
     folder, config, modules = check_policy(policy)
     base = _load_base(policy, folder, config, torch.device(device))
