@@ -4,12 +4,16 @@ import csv
 import itertools
 import json
 import logging
+import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
+import grpo.tasks.data
 from grpo.errors import UserError
 from grpo.sampler import Question
 from grpo.tasks.data import (
@@ -275,6 +279,29 @@ def test_questions_of_a_recipe(tmp_path):
     write(tmp_path / "train.jsonl", [*train, test[0]])
     with pytest.raises(UserError, match="1 test questions are training questions too"):
         load_questions(str(tmp_path), encode, max_prompt_tokens=20, held_out=30, question="q")
+
+
+def test_the_examples_of_docs_data(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text()
+    rows = page[page.index("```json\n") + 8 :]
+    (tmp_path / "rows.jsonl").write_text(rows[: rows.index("```")])
+    assert [e.ground_truth for e in load_examples(str(tmp_path / "rows.jsonl"))] == ["72", "12", r"2\sqrt{3}"]
+
+    def row(text):  # as both calls of load_questions expect it
+        nested = {"prompt": [{"content": text}], "reward_model": {"ground_truth": "2"}}
+        return {"question": text, "answer": "1", **nested}
+
+    write(tmp_path / "train.jsonl", [row("Train?")])
+    write(tmp_path / "test.jsonl", [row("Test?")])
+    names = {**vars(grpo.tasks.data), "encode": encode}
+    names["args"] = SimpleNamespace(data=str(tmp_path), eval_questions=5)
+    names["rollout"] = SimpleNamespace(max_prompt_tokens=256)
+    made = []
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+        made.append((names["train"], names["held_out"]))
+    assert made[:2] == [(asked([Example("Train?", n)]), asked([Example("Test?", n)])) for n in "12"]
+    assert [len(part) for part in made[2]] == [2000, 200]
 
 
 def test_questions_of_generated_examples_keep_their_order():

@@ -11,9 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from grpo.advantages import group_advantages
 from grpo.errors import UserError
+from grpo.policy.chat import encode_chat
+from grpo.sampler import Completion, Question, Samples
+from grpo.tasks import rewards, scoring
 from grpo.tasks.rewards import numeric, overlong
 from grpo.tasks.sandbox import Sandbox
 from grpo.tasks.scoring import RewardTimeout, call_within, isolated, score
@@ -31,8 +35,8 @@ def test_weights_and_columns():
         assert sorted(columns) == ["lengths", "questions"]
         return columns["lengths"]
 
-    rewards = {"a": length, "b": (shorter_than_question, 10.0), "c": (everything, -1.0)}
-    scores = score(rewards, ["x", "yyy"], ["", ""], questions=["qq", "qq"], lengths=[5, 7])
+    functions = {"a": length, "b": (shorter_than_question, 10.0), "c": (everything, -1.0)}
+    scores = score(functions, ["x", "yyy"], ["", ""], questions=["qq", "qq"], lengths=[5, 7])
     assert scores.total == [1 + 10 - 5, 3 + 0 - 7]
     assert scores.by_function == {"a": [1, 3], "b": [1, 0], "c": [5, 7]}
     assert scores.weights == {"a": 1.0, "b": 10.0, "c": -1.0}
@@ -61,6 +65,21 @@ def test_numpy_and_torch_values_are_numbers():
     scores = score({"n": lambda c, g: np.ones(2), "t": lambda c, g: torch.ones(2)}, ["x", "y"], ["", ""])
     assert scores.total == [2.0, 2.0]
     assert type(scores.total[0]) is float
+
+
+def test_the_examples_of_docs_rewards():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "rewards.md").read_text(), re.MULTILINE | re.DOTALL)
+    texts = ["a " * 75, "Why? <answer>5</answer>"]
+    completions = [Completion([1, 2], [0.0, 0.0], False)] * 2
+    samples = Samples([Question("Why?", "5", [1])], 2, completions, texts, 10)
+    with Sandbox(1) as pool:
+        names = {**vars(rewards), **vars(scoring), "samples": samples, "Sandbox": Sandbox, "sandbox": pool}
+        names |= {"tokenizer": None, "encode_chat": encode_chat, "functools": functools}
+        for block in blocks:
+            exec(block, names)
+    assert len(blocks) == 7
+    assert names["few_words"](texts, ["5", "5"]) == [0.5, 1.0]
+    assert names["scores"].total == [0.0, -1.0]  # of no_echo
 
 
 # ---------------------------------------------------------------------------------------------------- failures
