@@ -169,7 +169,8 @@ def _bias(layer: Adapted, dtype: torch.dtype) -> Tensor | None:
 
 
 def mm_in(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix product a b in `dtype`. Where that is wider than theirs, sums are not rounded to theirs first."""
+    """The matrix product a b in `dtype`, which may be wider than the dtype of a and b: its sums are not rounded to the
+    narrower one first."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))

@@ -34,13 +34,11 @@ class Policy:
     lora_alpha: int = 32
     """numerator of the adapter's scaling, which is alpha / rank"""
     lora_targets: str = "all-linear"
-    """modules to adapt: names separated by commas, wildcards allowed ("q_proj,v_proj", "*.mlp.*"), or "all-linear",
-    which is all linear layers but the head"""
+    """names of the modules to adapt, separated by commas, wildcards allowed; "all-linear" is all but the head"""
     adapter: Path | None = None
-    """folder of a trained adapter to train further; its rank, alpha and modules count, and its frozen copy is the
-    reference policy"""
+    """folder of a trained adapter to train further; its rank and modules count, and a frozen copy is the reference"""
     load_in_4bit: bool = True
-    """whether to quantize the weights to NF4 (a checkpoint that is already quantized is loaded as it is)"""
+    """whether to quantize the weights to NF4; a checkpoint that is already quantized is loaded as it is"""
 
     @property
     def source(self) -> Path | list[str]:

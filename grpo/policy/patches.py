@@ -60,6 +60,7 @@ from grpo_kernels.nf4.linear import choose_backend
 from grpo_kernels.rope import rope
 from grpo_kernels.swiglu import swiglu
 
+# A class of another architecture goes into these lists, and its model_type into MODEL_TYPES of grpo/policy/layers.py.
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
 ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)
