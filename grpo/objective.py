@@ -1,6 +1,6 @@
 """The objective of one optimizer step, in the pieces that a recipe composes:
 
-    loss = average(keep * surrogate + beta * kl) - entropy_bonus * mean entropy
+    loss = average(keep * surrogate) + beta * average(kl) - entropy_bonus * mean entropy
 
     sampler_weights    c = min(pi_old / pi_sampler, cap): samples of the engine count as samples of the trainer's policy
     surrogate          the policy loss per token, c * loss(w, A), w = pi / pi_old   (grpo.losses)
@@ -267,7 +267,7 @@ def policy_loss(
     policy = surrogate(logps, old_logps, weights, micro, o)
     policy = policy * token_filter(logps, old_logps, entropy, entropy_threshold, micro, o)
     kl = kl_penalty(logps, old_logps, ref_logps, micro, o)
-    loss = average(policy + o.beta * kl, micro, o)
+    loss = average(policy, micro, o) + o.beta * average(kl, micro, o)
     if entropy is not None:
         loss = loss - o.entropy_bonus * mean_entropy(entropy, micro)
     return loss, token_metrics(loss, policy, kl, logps, old_logps, entropy, entropy_threshold, micro, o)

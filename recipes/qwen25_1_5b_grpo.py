@@ -172,7 +172,7 @@ def main(args: Args) -> None:
                 losses = surrogate(logps, old_logps, c, micro, objective)
                 losses = losses * token_filter(logps, old_logps, entropy, threshold, micro, objective)
                 kl = kl_penalty(logps, old_logps, ref_logps, micro, objective)
-                loss = average(losses + objective.beta * kl, micro, objective)
+                loss = average(losses, micro, objective) + objective.beta * average(kl, micro, objective)
                 loss = loss - objective.entropy_bonus * mean_entropy(entropy, micro)
                 loss.backward()
                 parts.append(token_metrics(loss, losses, kl, logps, old_logps, entropy, threshold, micro, objective))
