@@ -184,7 +184,7 @@ def recipe(directory: list[str]) -> None:
 
     quickstart_grpo.correctness = lambda completions, ground_truths, **_: [float(len(c) % 2) for c in completions]
     flags = {
-        "model": Path(directory[1]).with_name("model"), "steps": 40, "save-every": 2, "eval-every": 5,
+        "model": Path(directory[1]).with_name("model"), "steps": 24, "save-every": 2, "eval-every": 5,
         "eval-questions": 2, "prompts-per-step": 2, "group-size": 2, "max-completion-tokens": 6, "lora-rank": 2,
         "engine": "torch",
     }  # fmt: skip
