@@ -18,8 +18,8 @@ _HOMES = {
     "errors": "UserError",
     "logprobs": "completion_logps",
     "losses": "LOSSES LossParameters Tokens kl_terms",
-    "objective": "Objective average kl_penalty mean_entropy merge_metrics old_policy_logps policy_loss sampler_weights "
-    "step_entropy_threshold surrogate token_filter token_metrics",
+    "objective": "Objective average entropy_bonus kl_penalty log_ratio merge_metrics old_policy_logps policy_loss "
+    "sampler_weights step_entropy_threshold surrogate token_filter token_metrics",
     "sampler": "Completion Engine Question Rollout Samples Sampling sample step_questions",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -1,9 +1,10 @@
 """The objective of one optimizer step, in the pieces that a recipe composes:
 
-    loss = average(keep * surrogate) + beta * average(kl) - entropy_bonus * mean entropy
+    loss = average(surrogate * token_filter) + beta * average(kl_penalty) - entropy_bonus
 
+    log_ratio          log w = log(pi / pi_old) per token
     sampler_weights    c = min(pi_old / pi_sampler, cap): samples of the engine count as samples of the trainer's policy
-    surrogate          the policy loss per token, c * loss(w, A), w = pi / pi_old   (grpo.losses)
+    surrogate          the policy loss per token, c * loss(w, A)   (grpo.losses)
     token_filter       1 for the tokens whose policy loss is kept; all, unless a flag leaves some out
     kl_penalty         an estimate of KL(pi || pi_ref) per token
     average            from token losses to one number
@@ -127,24 +128,30 @@ def sampler_weights(old_logps: Tensor, micro: MicroBatch, objective: Objective) 
     return torch.where((weights < low) | (weights > high), 0.0, weights)
 
 
-def surrogate(
-    logps: Tensor, old_logps: Tensor, weights: Tensor | None, micro: MicroBatch, objective: Objective
-) -> Tensor:
+def log_ratio(logps: Tensor, old_logps: Tensor, micro: MicroBatch) -> Tensor:
+    """[batch, time] log w = log(pi / pi_old) per token, nats, 0 where masked. Differentiable in logps.
+
+    logps, old_logps: [batch, time] nats, of the policy that is trained and of the one that sampled, by the trainer's
+    own forward pass."""
+    keep = micro.mask.bool()
+    return _clean(logps, keep) - _clean(old_logps.detach(), keep)
+
+
+def surrogate(logps: Tensor, log_w: Tensor, weights: Tensor | None, micro: MicroBatch, objective: Objective) -> Tensor:
     """[batch, time] policy loss per token, to be minimized; 0 where masked. Differentiable in logps.
 
     The row of `grpo.losses.LOSSES` that --loss names, times the sampler weights. At masked positions every input may be
     anything, NaN and infinities included: losses and gradients are exactly 0 there.
 
-    logps, old_logps: [batch, time] nats, of the policy that is trained and of the one that sampled, by the trainer's
-    own forward pass. weights: [batch, time] of `sampler_weights`."""
+    logps: [batch, time] nats, of the policy that is trained. log_w: [batch, time] of `log_ratio`. weights: [batch,
+    time] of `sampler_weights`."""
     row = LOSSES[objective.loss]
     keep = micro.mask.bool()
     logps = _clean(logps, keep)
-    log_ratio = logps - _clean(old_logps.detach(), keep)
-    log_weight = log_weights(log_ratio, micro.mask, objective.level or row.level or "token")
+    log_weight = log_weights(log_w, micro.mask, objective.level or row.level or "token")
     advantages = _clean(_per_token(micro.advantages, logps), keep)
     weights = None if weights is None else torch.where(keep, weights, 1.0)
-    tokens = Tokens(logps, log_ratio, log_weight, advantages, micro.mask, weights)
+    tokens = Tokens(logps, log_w, log_weight, advantages, micro.mask, weights)
     losses = row.term(tokens, objective.parameters)
     if weights is not None and not row.folds_sampler_weights:
         losses = losses * weights
@@ -173,18 +180,16 @@ def token_filter(
 
 
 def kl_penalty(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, micro: MicroBatch, objective: Objective
+    logps: Tensor, ref_logps: Tensor | None, log_w: Tensor, micro: MicroBatch, objective: Objective
 ) -> Tensor:
     """[batch, time] estimate of KL(policy || reference) per token, 0 where masked; all 0 without a reference policy.
 
-    logps, old_logps, ref_logps: [batch, time] nats. See `grpo.losses.kl_terms`."""
-    keep = micro.mask.bool()
+    logps, ref_logps: [batch, time] nats. log_w: [batch, time] of `log_ratio`. See `grpo.losses.kl_terms`."""
     if ref_logps is None:
-        return torch.zeros_like(logps.detach())
-    logps = _clean(logps, keep)
-    log_ratio = logps - _clean(old_logps.detach(), keep)
-    ref_logps = _clean(ref_logps.detach(), keep)
-    return _clean(kl_terms(logps, ref_logps, log_ratio, objective.kl or "k3_ratio"), keep)
+        return torch.zeros_like(log_w)
+    keep = micro.mask.bool()
+    logps, ref_logps = _clean(logps, keep), _clean(ref_logps.detach(), keep)
+    return _clean(kl_terms(logps, ref_logps, log_w, objective.kl or "k3_ratio"), keep)
 
 
 def average(losses: Tensor, micro: MicroBatch, objective: Objective) -> Tensor:
@@ -194,9 +199,10 @@ def average(losses: Tensor, micro: MicroBatch, objective: Objective) -> Tensor:
     return AVERAGES[name](losses, micro.mask, micro.step)
 
 
-def mean_entropy(entropy: Tensor, micro: MicroBatch) -> Tensor:
-    """This micro-batch's part of the mean entropy over the step's tokens, a scalar in nats. entropy: [batch, time]."""
-    return _clean(entropy, micro.mask.bool()).sum() / micro.step.tokens
+def entropy_bonus(entropy: Tensor, micro: MicroBatch, objective: Objective) -> Tensor:
+    """This micro-batch's part of --entropy-bonus times the mean entropy over the step's tokens, a scalar to subtract
+    from the loss. entropy: [batch, time] nats."""
+    return objective.entropy_bonus * _clean(entropy, micro.mask.bool()).sum() / micro.step.tokens
 
 
 # --------------------------------------------------------------------------------------------------- all in one call
@@ -264,12 +270,13 @@ def policy_loss(
         entropy_threshold = entropy_quantile(entropy[keep], o.top_entropy_quantile)
 
     weights = sampler_weights(old_logps, micro, o)
-    policy = surrogate(logps, old_logps, weights, micro, o)
+    log_w = log_ratio(logps, old_logps, micro)
+    policy = surrogate(logps, log_w, weights, micro, o)
     policy = policy * token_filter(logps, old_logps, entropy, entropy_threshold, micro, o)
-    kl = kl_penalty(logps, old_logps, ref_logps, micro, o)
+    kl = kl_penalty(logps, ref_logps, log_w, micro, o)
     loss = average(policy, micro, o) + o.beta * average(kl, micro, o)
     if entropy is not None:
-        loss = loss - o.entropy_bonus * mean_entropy(entropy, micro)
+        loss = loss - entropy_bonus(entropy, micro, o)
     return loss, token_metrics(loss, policy, kl, logps, old_logps, entropy, entropy_threshold, micro, o)
 
 
@@ -293,14 +300,14 @@ def token_metrics(
     with torch.no_grad():
         keep, dtype = micro.mask.bool(), micro.mask.dtype
         old_logps = old_logps.to(dtype)
-        log_ratio = torch.where(keep, logps - old_logps, 0.0)
+        log_w = torch.where(keep, logps - old_logps, 0.0)
         row = LOSSES[objective.loss]
-        w = log_weights(log_ratio, micro.mask, objective.level or row.level or "token")
+        w = log_weights(log_w, micro.mask, objective.level or row.level or "token")
         w = torch.where(keep, w, 0.0).exp()
         low, high = clip_range(objective.loss, objective.epsilon, objective.epsilon_high)
         advantages = _per_token(micro.advantages, logps)
         per_token: dict[str, Tensor | None] = {
-            "approx_kl": log_ratio.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio,
+            "approx_kl": log_w.clamp(max=MAX_LOG_RATIO).expm1() - log_w,
             "ratio_mean": w,
             "clip_low": (w < low) & (advantages < 0),
             "clip_high": (w > high) & (advantages > 0),

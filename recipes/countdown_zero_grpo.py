@@ -24,8 +24,9 @@ from grpo.logprobs import completion_logps
 from grpo.objective import (
     Objective,
     average,
+    entropy_bonus,
     kl_penalty,
-    mean_entropy,
+    log_ratio,
     merge_metrics,
     sampler_weights,
     step_entropy_threshold,
@@ -182,12 +183,13 @@ def main(args: Args) -> None:
                         ref_logps, _ = forward(micro)
                 logps, entropy = forward(micro)  # [batch, time] each, nats
                 old_logps = logps.detach()  # one optimizer step per batch: pi_old = pi and w = 1; its gradient is not 0
+                log_w = log_ratio(logps, old_logps, micro)
                 c = sampler_weights(old_logps, micro, objective)
-                losses = surrogate(logps, old_logps, c, micro, objective)
+                losses = surrogate(logps, log_w, c, micro, objective)
                 losses = losses * token_filter(logps, old_logps, entropy, threshold, micro, objective)
-                kl = kl_penalty(logps, old_logps, ref_logps, micro, objective)
+                kl = kl_penalty(logps, ref_logps, log_w, micro, objective)
                 loss = average(losses, micro, objective) + objective.beta * average(kl, micro, objective)
-                loss = loss - objective.entropy_bonus * mean_entropy(entropy, micro)
+                loss = loss - entropy_bonus(entropy, micro, objective)
                 loss.backward()
                 parts.append(token_metrics(loss, losses, kl, logps, old_logps, entropy, threshold, micro, objective))
             sum_gradients(parameters, world)

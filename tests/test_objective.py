@@ -21,9 +21,10 @@ from grpo.objective import (
     AVERAGES,
     Objective,
     average,
+    entropy_bonus,
     entropy_quantile,
     kl_penalty,
-    mean_entropy,
+    log_ratio,
     merge_metrics,
     old_policy_logps,
     policy_loss,
@@ -759,11 +760,12 @@ def test_policy_loss_equals_the_composition_of_the_recipes(objective):
     def composed(logps, entropy):
         old_logps, ref_logps, threshold = b.old_logps, b.ref_logps, 0.5
         c = sampler_weights(old_logps, micro, objective)
-        losses = surrogate(logps, old_logps, c, micro, objective)
+        log_w = log_ratio(logps, old_logps, micro)
+        losses = surrogate(logps, log_w, c, micro, objective)
         losses = losses * token_filter(logps, old_logps, entropy, threshold, micro, objective)
-        kl = kl_penalty(logps, old_logps, ref_logps, micro, objective)
+        kl = kl_penalty(logps, ref_logps, log_w, micro, objective)
         loss = average(losses, micro, objective) + objective.beta * average(kl, micro, objective)
-        loss = loss - objective.entropy_bonus * mean_entropy(entropy, micro)
+        loss = loss - entropy_bonus(entropy, micro, objective)
         return loss, token_metrics(loss, losses, kl, logps, old_logps, entropy, threshold, micro, objective)
 
     found = []

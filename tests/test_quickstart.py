@@ -155,7 +155,7 @@ def test_a_model_without_chat_template(quickstart, folder, tmp_path):
 def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch):
     """As many as held-out questions, not as many as samples."""
     monkeypatch.setattr(recipe, "correctness", lambda texts, ground_truths: [1.0] * 5)
-    with pytest.raises(ValueError, match="returned 5 rewards for 8 completions"):
+    with pytest.raises(ValueError, match="returned 5 values for 8 completions"):
         quickstart(tmp_path / "a", *SMALL.split(), "--steps", 1)
 
 
@@ -163,7 +163,7 @@ def test_reward_of_the_wrong_count(quickstart, recipe, tmp_path, monkeypatch):
 def test_a_loss_of_ones_own_is_one_line(quickstart, tmp_path):
     """A fork of the recipe with its own function in the place of `surrogate`, here REINFORCE, trains as that loss does
     by its flag; and with a loss that pushes the other way the adapter ends elsewhere."""
-    line = "losses = surrogate(logps, old_logps, c, micro, objective)"
+    line = "losses = surrogate(logps, log_w, c, micro, objective)"
     source = RECIPE.read_text()
     assert source.count(line) == 1
     words = [*SMALL.split(), "--steps", 2, "--importance", "none"]
