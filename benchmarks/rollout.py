@@ -1,8 +1,9 @@
-"""Rollouts by the vLLM engine on a trainer's 4-bit model: tokens a second, sync, memory, agreement. Needs a GPU.
+"""Rollouts by the vLLM engine on a trainer's 4-bit model: tokens per second, sync, memory, agreement. Needs a GPU.
 
-python benchmarks/rollout.py MODEL                                  # 8 completions of 256 + 256 tokens, LoRA r=16
+python benchmarks/random_model.py llama31_8b MODEL
+python benchmarks/rollout.py MODEL                              # 8 completions of 256 + 256 tokens, LoRA rank 16
 python benchmarks/rollout.py MODEL --group-size 64 --dequantize
-python benchmarks/rollout.py MODEL --two-copies                     # what vLLM's own copy of the weights adds
+python benchmarks/rollout.py MODEL --two-copies                 # memory that a second copy of the weights takes
 """
 
 import contextlib
@@ -21,10 +22,10 @@ import torch
 import tyro
 from train import profiled, train_step
 
-from grpo.policy.models import load_policy, trainable_parameters
-from grpo_rollout.engine import Completion, Sampling
+from grpo.policy.models import Policy, load_policy, trainable_parameters
+from grpo.sampler import Completion, Sampling
 from grpo_rollout.fit.memory import GIB
-from grpo_rollout.torch.engine import dequantized
+from grpo_rollout.torch.engine import dense_copy
 from grpo_rollout.vllm.engine import VLLMEngine
 
 
@@ -33,48 +34,49 @@ class Args:
     model: Annotated[str, tyro.conf.Positional]
     """folder of the model, quantized or not"""
     group_size: int = 8
-    """completions of one prompt, all at a time"""
+    """number of completions of the one prompt, decoded at the same time"""
     prompt_tokens: int = 256
-    """tokens of the prompt"""
+    """number of tokens in the prompt"""
     completion_tokens: int = 256
-    """tokens of each completion"""
+    """number of tokens in each completion"""
     lora_rank: int = 16
-    """of the adapter on all linear layers"""
+    """rank of the adapter on all linear layers"""
     gpu_memory_gib: float | None = None
-    """what the process may use of the card"""
+    """GiB of the card that may be in use; by default 97% of it"""
     dequantize: bool = False
-    """decode with 16-bit weights"""
+    """whether to decode with 16-bit copies of the weights"""
     two_copies: bool = False
-    """only load vLLM with weights of its own beside the trainer's, and measure the memory"""
+    """whether to only load vLLM with a second copy of the weights beside the trainer's, and print the memory in use"""
     micro_batch_tokens: int = 4096
-    """prompt and completion tokens of a training micro-batch"""
+    """number of prompt and completion tokens in a training micro-batch"""
     reference: bool = False
-    """compare sampler and trainer with an fp32 forward pass too (needs 40 GB for 8B)"""
+    """whether to compare sampler and trainer with an fp32 forward pass too (40 GB for an 8B model)"""
     profile: bool = False
-    """list the kernels of 16 decode steps and of a training step"""
+    """whether to list the kernels of 16 decode steps and of a training step"""
     host_profile: bool = False
-    """list where the host's time goes in a call of generate"""
+    """whether to list where the host's time goes in a call of generate"""
     fused_nf4: bool = True
-    """our product on 4-bit weights; else bitsandbytes' way"""
+    """whether nf4_linear multiplies 4-bit weights, rather than bitsandbytes' way"""
     fused_lora: bool = True
-    """the sampler's adapter within our product"""
+    """whether the product adds the sampler's adapter too"""
     fused_training: bool = True
-    """the trainer's layers in fewer passes over memory (grpo.policy.layers)"""
+    """whether the trainer's layers take fewer passes over memory (grpo.policy.layers)"""
     kept_layers: int = 0
-    """layers that keep their activations rather than compute them again in the backward pass"""
+    """number of layers that keep their activations rather than compute them again in the backward pass"""
     repeats: int = 3
-    """calls of generate that are timed"""
+    """number of timed calls of generate"""
     steps: int = 5
-    """whole GRPO steps"""
+    """number of whole GRPO steps"""
 
 
 def used() -> float:
+    """GiB in use on the card, by all processes and allocators."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
 
 
 class Peak(threading.Thread):
-    """The most of the card that is in use at any moment within a block, every allocator's memory included."""
+    """A block that is watched: `most` is the largest `used()` seen in it."""
 
     def __enter__(self) -> "Peak":
         self.most, self.ended = used(), threading.Event()
@@ -91,7 +93,7 @@ class Peak(threading.Thread):
 
 
 def timed(run, repeats: int) -> float:
-    """Median seconds."""
+    """Median duration of `repeats` runs, in seconds."""
     seconds = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -104,7 +106,7 @@ def timed(run, repeats: int) -> float:
 
 @contextlib.contextmanager
 def stage(name: str):
-    """One part failing leaves the others their turn."""
+    """A block whose failure is printed, so that the parts after it still run."""
     try:
         yield
     except Exception as error:
@@ -114,7 +116,7 @@ def stage(name: str):
 
 
 def perturb(model, scale: float, seed: int) -> None:
-    """An adapter that matters: B is zero at first."""
+    """Give the adapter's B, which starts as zeros, random values, so that the adapter matters."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -123,7 +125,7 @@ def perturb(model, scale: float, seed: int) -> None:
 
 @torch.no_grad()
 def logps(model, prompt, completions, dtype=torch.bfloat16) -> list[torch.Tensor]:
-    """The model's log-probabilities of each completion's tokens, nats."""
+    """The model's log-probabilities of the tokens of each completion, nats."""
     out = []
     for c in completions:
         ids = torch.tensor([prompt + c.token_ids], device="cuda")
@@ -143,9 +145,7 @@ def main(args: Args) -> None:
     torch.cuda.init()
     print(f"device {torch.cuda.get_device_name()}, {used():.2f} GiB in use by an empty process")
     model = load_policy(
-        args.model,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=True,
+        Policy(args.model, lora_rank=args.lora_rank, lora_alpha=args.lora_rank),
         kept_layers=args.kept_layers,
         fused=args.fused_training,
         device="cuda",
@@ -170,11 +170,11 @@ def main(args: Args) -> None:
         model, eos_ids=[model.config.vocab_size - 1], max_prompt_tokens=args.prompt_tokens,
         max_completion_tokens=args.completion_tokens, sequences=args.group_size, gpu_memory_gib=args.gpu_memory_gib,
         dequantize=args.dequantize, fused_nf4=args.fused_nf4, fused_lora=None if args.fused_lora else False,
-        tolerance=0.3,  # random weights amplify the rounding of bf16: see the fp32 reference below
+        tolerance=0.3,  # random weights amplify the rounding of bf16, as --reference shows
     )  # fmt: skip
     made = time.perf_counter() - begin
     print(f"engine made: {made:.1f} s, {used():.2f} GiB in use asleep; {engine.sizes}", flush=True)
-    print(f"products: fused_nf4 {engine.fused_nf4}, fused_lora {engine.fused_lora}")
+    print(f"fused products: fused_nf4 {engine.fused_nf4}, fused_lora {engine.fused_lora}")
     print(f"one copy: vLLM adds {used() - weights:.2f} GiB to the trainer's {weights:.2f}, KV cache released")
 
     rng = random.Random(0)
@@ -185,8 +185,8 @@ def main(args: Args) -> None:
         engine.sync(model)
         completions = engine.generate([prompt], args.group_size, sampling, seed=0)
         print(f"first step within {time.perf_counter() - start:.1f} s of the start; check gap {engine.gap:.2e} nats")
-        print("seconds", {k: round(v, 4) for k, v in engine.seconds.items()}, flush=True)
-        engine.check_every = 0  # a check is timed above, and is due once in 20 calls
+        print("duration in seconds", {k: round(v, 4) for k, v in engine.seconds.items()}, flush=True)
+        engine.check_every = 0  # the check is timed above; in training it is due once per 20 calls
         seconds = timed(lambda: engine.generate([prompt], args.group_size, sampling, seed=1), args.repeats)
         inside = engine.seconds
         tokens = sum(len(c.token_ids) for c in completions)
@@ -242,7 +242,7 @@ def main(args: Args) -> None:
         for step in range(args.steps):
             torch.cuda.synchronize()
             marks = [time.perf_counter()]
-            # Asking the driver every few milliseconds slows a step down: the last ones are timed without.
+            # Asking the driver every few milliseconds slows a step down, so only the first steps are watched.
             watched = Peak() if step < 2 else contextlib.nullcontext()
             with watched:
                 sampled = engine.generate([prompt], args.group_size, sampling, seed=step)
@@ -257,7 +257,7 @@ def main(args: Args) -> None:
                 f"sync {sync:.4f}; gap {gap:.2e} nats" + (f"; peak {watched.most:.2f} GiB" if step < 2 else ""),
                 flush=True,
             )
-        engine.check(prompt)  # the last sync took the trained adapter
+        engine.check(prompt)  # raises if the last sync did not copy the trained adapter
         completions = engine.generate([prompt], args.group_size, sampling, seed=99)
 
     if args.profile:
@@ -267,7 +267,7 @@ def main(args: Args) -> None:
         )[: 2 if args.steps else 1]:
             with stage(f"profile of {what}"):
                 profiled(what, run, 30)
-        engine.sync(model)  # it has trained once more
+        engine.sync(model)  # the profile trained once more
         completions = engine.generate([prompt], args.group_size, sampling, seed=99)
 
     if args.host_profile:
@@ -279,20 +279,22 @@ def main(args: Args) -> None:
                 statistics_of.sort_stats(order).print_stats(most)
 
     with stage("folder"), tempfile.TemporaryDirectory() as folder:
+        from vllm.lora.request import LoRARequest
+
         engine.llm.wake_up()
 
         def through_folder() -> None:
             model.save_pretrained(folder)
-            request = engine._vllm.lora.request.LoRARequest("policy", 2, folder, load_inplace=True)
+            request = LoRARequest("policy", 2, folder, load_inplace=True)
             engine.llm.llm_engine.add_lora(request)
 
         engine.llm.llm_engine.remove_lora(1)
         print(f"sync through an adapter folder: {1e3 * timed(through_folder, 3):.0f} ms")
 
-    if args.reference:  # last: it changes the model
+    if args.reference:  # last, since it changes the model
         with stage("fp32 reference"), torch.no_grad():
             bf16 = logps(model, prompt, completions)
-            exact_model = dequantized(model).float()
+            exact_model = dense_copy(model).float()
             exact = logps(exact_model, prompt, completions, dtype=torch.float32)
             report_gaps("sampler - fp32", [torch.tensor(c.logps) for c in completions], exact)
             report_gaps("trainer - fp32", bf16, exact)

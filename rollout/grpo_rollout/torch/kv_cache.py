@@ -1,8 +1,8 @@
-"""A KV cache that copies no key or value twice while it decodes: with room to write into, read where it stands.
+"""A KV cache that is written and read in place while the torch engine decodes.
 
-transformers copies the whole cache twice at every token: DynamicCache concatenates, and the SDPA attention repeats keys
-and values for every query head that shares them. Both are replaced through transformers' own interfaces, so its
-models stay as they are."""
+transformers copies the whole cache twice for every token: DynamicCache concatenates, and the SDPA attention repeats
+keys and values for every query head that shares them. Both are replaced through transformers' own interfaces for caches
+and attention, so its models stay as they are."""
 
 import contextlib
 import functools
@@ -19,13 +19,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK = 64
-"""columns that a full cache grows by: it is copied once every 64 tokens, and no answer that ends early costs more"""
+"""number of columns that a full cache grows by; it is copied each time it grows"""
 DECODING = "sdpa_decoding"
-"""the name `decode_attention` is registered under"""
+"""name under which `decode_attention` is registered with transformers"""
 
 
 def growing_cache(columns: int) -> Cache:
-    """An empty cache for at most so many columns, of as many `GrowingLayer` as the model turns out to have."""
+    """An empty cache for at most `columns` columns; the model adds a `GrowingLayer` for each of its layers."""
     layer: Any = functools.partial(GrowingLayer, columns)
     return Cache(layer_class_to_replicate=layer)
 
@@ -33,7 +33,7 @@ def growing_cache(columns: int) -> Cache:
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer: [rows, key heads, columns, head dim], views of longer buffers.
 
-    It holds every column, also of a model with a sliding window: the mask does the sliding."""
+    Every column is kept, for models with a sliding window too: their mask leaves out the old ones."""
 
     def __init__(self, max_columns: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class GrowingLayer(DynamicLayer):
         return self._view(filled + key_states.shape[2])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Row i becomes what row indices[i] was: [rows] int64, repeats allowed. The room stays."""
+        """Row i becomes what row indices[i] was. indices: [rows] int64, repeats allowed."""
         filled = self.get_seq_length()
         self.buffers = [b.index_select(0, indices) for b in self.buffers]
         self._view(filled)
@@ -65,7 +65,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _append(buffer: torch.Tensor, filled: int, new: torch.Tensor, max_columns: int) -> torch.Tensor:
-    """The buffer, or where it is too short a longer one, with `new` behind its `filled` columns."""
+    """The buffer (a longer one where it is too short) with `new` written after its first `filled` columns."""
     end = filled + new.shape[2]
     if end > buffer.shape[2]:
         longer = new.new_empty(*new.shape[:2], min(end + BLOCK, max_columns), new.shape[3])
@@ -84,11 +84,11 @@ def decode_attention(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new token a row in the form transformers asks for; of more tokens it is transformers' own.
+    """Attention of one new token per row, in the form that transformers asks for; for more tokens, transformers' own.
 
     query: [rows, heads, 1, dim]; key, value: [rows, key heads, columns, dim]; attention_mask: [rows, 1, 1, columns]
-    bool or None. Returns ([rows, 1, heads, dim], None). The queries that share a key head are taken as its several
-    queries, instead of the head being repeated for each: the same products, without the copies."""
+    bool or None. Returns ([rows, 1, heads, dim], None). The query heads that share a key head are passed as several
+    queries of it, instead of repeating the key head for each of them: the same products without the copies."""
     groups = query.shape[1] // key.shape[1]
     if query.shape[2] > 1 or groups == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
@@ -103,7 +103,9 @@ AttentionMaskInterface.register(DECODING, sdpa_mask)
 
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Within it a model of transformers (PEFT's wrapper or not) attends by `decode_attention`, if it did by SDPA."""
+    """A block in which a model of transformers, with or without PEFT's wrapper, attends by `decode_attention`.
+
+    A model that was loaded with another attention than SDPA keeps it."""
     before = model.config._attn_implementation
     if before != "sdpa":
         yield

@@ -1,10 +1,12 @@
-"""Where each tensor of a LoRA adapter goes in a sampler's stacked adapter buffers, and the copy that puts it there."""
+"""The places of a LoRA adapter's tensors in a sampler's stacked adapter buffers, and the copy that fills them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from grpo.errors import UserError
 
 
 class Adapter(NamedTuple):
@@ -15,11 +17,11 @@ class Adapter(NamedTuple):
     b: torch.Tensor
     """[out, rank]"""
     scaling: float
-    """alpha / rank, or whatever the adapter's kind makes of it"""
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA"""
 
 
 class Slot(NamedTuple):
-    """Room for one linear layer's adapter; the sampler computes y += x A^T B^T, so B holds the scaling."""
+    """The sampler's buffers for the adapter of one linear layer: y += x A^T B^T, so B includes the scaling."""
 
     a: torch.Tensor
     """[largest rank, in]"""
@@ -27,18 +29,20 @@ class Slot(NamedTuple):
     """[out, largest rank]"""
 
 
-class Move(NamedTuple):
-    """One layer's adapter and the views of its slot, cut to its rank."""
+class Pair(NamedTuple):
+    """The adapter of one layer, and its slot."""
 
     name: str
+    """name of the layer in the base model"""
     adapter: Adapter
     slot: Slot
+    """views of the sampler's buffers, cut to the adapter's rank"""
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
-    """The PEFT adapter called `name`, layer by layer, under the layers' names in the base model.
+    """The PEFT adapter called `name`, by the layers' names in the base model.
 
-    The tensors are the parameters themselves, not copies. Raises ValueError for what a plain low-rank product
+    The tensors are the parameters themselves, not copies. Raises UserError for an adapter that a plain low-rank product
     cannot express (DoRA, a bias)."""
     found: dict[str, Adapter] = {}
     modules: list[tuple[str, Any]] = list(model.named_modules())
@@ -47,9 +51,15 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
         if not isinstance(lora_a, nn.ModuleDict) or name not in lora_a:
             continue
         if name in getattr(module, "lora_magnitude_vector", {}):
-            raise ValueError(f"the adapter of {path} is DoRA, which the sampler cannot apply: use_dora=False")
+            raise UserError(
+                f"the adapter of {path} is DoRA, which the vLLM engine cannot apply; make the adapter with "
+                "use_dora=False, or take --engine torch"
+            )
         if module.lora_B[name].bias is not None:
-            raise ValueError(f"the adapter of {path} has a bias, which the sampler cannot apply: lora_bias=False")
+            raise UserError(
+                f"the adapter of {path} has a bias, which the vLLM engine cannot apply; make the adapter with "
+                "lora_bias=False, or take --engine torch"
+            )
         a: Any = lora_a[name]
         found[path] = Adapter(a.weight, module.lora_B[name].weight, float(module.scaling[name]))
     if not found:
@@ -57,55 +67,56 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
     return found
 
 
-def slices(module: str, members: Mapping[str, list[str]]) -> list[str]:
-    """The layers that a sampler's (possibly fused) module stands for, in the order of its slices.
+def layers_of(module: str, merged: Mapping[str, list[str]]) -> list[str]:
+    """The trainer's layers that a module of the sampler stands for, in the order of its rows.
 
-    members: {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}; a module not in there stands for itself."""
+    merged: {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}; a module that is not in there stands for itself."""
     parent, _, leaf = module.rpartition(".")
-    return [f"{parent}.{part}" if parent else part for part in members.get(leaf, [leaf])]
+    return [f"{parent}.{layer}" if parent else layer for layer in merged.get(leaf, [leaf])]
 
 
-def plan(slots: Mapping[str, Slot], sources: Mapping[str, Adapter]) -> list[Move]:
-    """Pair each layer's adapter with its slot. Both are keyed by the layer's name in the base model.
+def pair_slots(slots: Mapping[str, Slot], layers: Mapping[str, Adapter]) -> list[Pair]:
+    """Pair the adapter of each layer with its slot. Both mappings have the layers' names in the base model as keys.
 
-    Raises ValueError where a layer has no slot (the sampler would silently ignore it), or a shape does not fit."""
-    missing = sorted(sources.keys() - slots.keys())
+    Raises UserError where a layer has no slot (the sampler would silently ignore its adapter), and ValueError where a
+    shape does not fit."""
+    missing = sorted(layers.keys() - slots.keys())
     if missing:
-        raise ValueError(
-            f"the sampler has no adapter slot for {len(missing)} layers, the first {missing[0]}; "
+        raise UserError(
+            f"the sampler has no adapter slot for {len(missing)} layers, the first of them {missing[0]}; "
             "leave them out of --lora-targets"
         )
-    moves = []
-    for name, source in sources.items():
+    pairs = []
+    for name, adapter in layers.items():
         slot = slots[name]
-        rank = source.a.shape[0]
+        rank = adapter.a.shape[0]
         if rank > slot.a.shape[0]:
             raise ValueError(f"{name}: adapter of rank {rank} in a slot of rank {slot.a.shape[0]}; raise max_lora_rank")
         cut = Slot(slot.a[:rank], slot.b[:, :rank])
-        if cut.a.shape != source.a.shape or cut.b.shape != source.b.shape:
+        if cut.a.shape != adapter.a.shape or cut.b.shape != adapter.b.shape:
             raise ValueError(
-                f"{name}: adapter A {list(source.a.shape)}, B {list(source.b.shape)} do not fit the slot's "
+                f"{name}: adapter A {list(adapter.a.shape)}, B {list(adapter.b.shape)} do not fit the slot's "
                 f"{list(cut.a.shape)}, {list(cut.b.shape)}: the sampler runs another model than the trainer"
             )
-        moves.append(Move(name, source, cut))
-    return moves
+        pairs.append(Pair(name, adapter, cut))
+    return pairs
 
 
 @torch.no_grad()
-def copy_adapter(moves: list[Move]) -> None:
+def copy_adapter(pairs: list[Pair]) -> None:
     """Write every A, and every B times its scaling, into its slot: a few launches for all layers, no host copy."""
-    b, scaling = [m.adapter.b for m in moves], [m.adapter.scaling for m in moves]
+    b, scaling = [p.adapter.b for p in pairs], [p.adapter.scaling for p in pairs]
     if any(s != 1.0 for s in scaling):
-        b = list(torch._foreach_mul(b, scaling))  # in the adapter's own precision, rounded once by the copy
-    torch._foreach_copy_([m.slot.a for m in moves], [m.adapter.a for m in moves])
-    torch._foreach_copy_([m.slot.b for m in moves], b)
+        b = list(torch._foreach_mul(b, scaling))  # in the adapter's own precision; the copy rounds once
+    torch._foreach_copy_([p.slot.a for p in pairs], [p.adapter.a for p in pairs])
+    torch._foreach_copy_([p.slot.b for p in pairs], b)
 
 
 @torch.no_grad()
-def stale(moves: list[Move]) -> list[str]:
-    """The layers whose slot does not hold exactly what `copy_adapter` would write there now."""
+def mismatched(pairs: list[Pair]) -> list[str]:
+    """Names of the layers whose slot does not hold exactly what `copy_adapter` would write there now."""
     differs = []
-    for _, source, slot in moves:
-        b = source.b if source.scaling == 1.0 else source.b * source.scaling
-        differs.append((slot.a != source.a.to(slot.a.dtype)).any() | (slot.b != b.to(slot.b.dtype)).any())
-    return [m.name for m, d in zip(moves, torch.stack(differs).tolist()) if d]
+    for _, adapter, slot in pairs:
+        b = adapter.b if adapter.scaling == 1.0 else adapter.b * adapter.scaling
+        differs.append((slot.a != adapter.a.to(slot.a.dtype)).any() | (slot.b != b.to(slot.b.dtype)).any())
+    return [pair.name for pair, differ in zip(pairs, torch.stack(differs).tolist()) if differ]
