@@ -175,7 +175,7 @@ def test_a_loss_of_ones_own_is_one_line(quickstart, tmp_path):
         fork.write_text(source.replace(line, own).replace("def main(", function))
         module = load_recipe(fork)
         module.correctness = lambda texts, ground_truths: [sum(map(str.isdigit, t)) / max(len(t), 1) for t in texts]
-        model = json.loads((tmp_path / "flag" / "run.json").read_text())["args"]["policy"]["model"]
+        model = json.loads((tmp_path / "flag" / "run.json").read_text())["args"]["model"]
         argv = ["--run-dir", str(tmp_path / name), "--model", model, *map(str, words)]
         module.main(parse_args(module.Args, argv))
     assert adapter(tmp_path / "own") == adapter(tmp_path / "flag")
