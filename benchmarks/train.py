@@ -1,10 +1,10 @@
-"""A training step on random tokens: seconds, the host's part of it, kernels, memory. Needs a GPU.
+"""A training step on random tokens: seconds, how much of them the GPU works, kernels, memory. Needs a GPU.
 
     python benchmarks/random_model.py llama31_8b MODEL
     python benchmarks/train.py MODEL                          # 8 x (256 + 768) tokens, three micro-batch sizes
     python benchmarks/train.py MODEL --micro-batch-tokens 4096 --offload
 
-Every layer is computed twice (gradient checkpointing), but for --kept-layers.
+Every layer runs forward twice (activation checkpointing), except those of --kept-layers.
 """
 
 import itertools
@@ -20,11 +20,11 @@ import tyro
 from torch.autograd import DeviceType
 
 from grpo.advantages import group_advantages
-from grpo.batch import micro_batches
+from grpo.batch import StepTotals, micro_batches
 from grpo.logprobs import completion_logps
 from grpo.objective import Objective, policy_loss
-from grpo.policy.models import load_policy, trainable_parameters
-from grpo_rollout.engine import Completion
+from grpo.policy.models import Policy, load_policy, trainable_parameters
+from grpo.sampler import Completion
 from grpo_rollout.fit.memory import GIB
 
 
@@ -33,25 +33,25 @@ class Args:
     model: Annotated[str, tyro.conf.Positional]
     """folder of the model, quantized or not"""
     group_size: int = 8
-    """completions of one prompt"""
+    """number of completions of the one prompt"""
     prompt_tokens: int = 256
-    """tokens of the prompt"""
+    """number of tokens in the prompt"""
     completion_tokens: int = 768
-    """tokens of each completion"""
+    """number of tokens in each completion"""
     lora_rank: int = 16
-    """of the adapter on all linear layers"""
+    """rank of the adapter on all linear layers"""
     micro_batch_tokens: tuple[int, ...] = (2048, 4096, 8192)
-    """prompt and completion tokens of a micro-batch, one measurement each"""
+    """numbers of prompt and completion tokens per micro-batch, one measurement each"""
     offload: bool = False
-    """layers' inputs wait for the backward pass in the host's memory"""
+    """whether the layers' inputs wait for the backward pass in host memory"""
     kept_layers: int = 0
-    """layers that keep their activations rather than compute them again in the backward pass"""
+    """number of layers that keep their activations rather than compute them again in the backward pass"""
     fused: bool = True
-    """layers in fewer passes over memory (grpo.policy.layers)"""
+    """whether layers take fewer passes over memory (grpo.policy.layers)"""
     steps: int = 5
-    """timed steps of each size, after one that is not"""
+    """number of timed steps per size, after one that is not timed"""
     profile: int = 0
-    """list so many kernels of a step"""
+    """number of kernels of a step to list, the slowest first"""
 
 
 def train_step(
@@ -61,21 +61,23 @@ def train_step(
     sampled: Sequence[Completion],
     *,
     micro_batch_tokens: int,
-    offload: bool = False,
 ) -> float:
-    """Loss, gradients and an optimizer step on one group with random rewards; mean |logp trainer - logp sampler|."""
+    """Loss, gradients and an optimizer step on one group with random rewards.
+
+    Returns the mean |log-probability of the trainer - log-probability of the sampler|, in nats."""
     advantages = group_advantages(torch.rand(len(sampled)), len(sampled))
     ids = [c.token_ids for c in sampled]
     micros = micro_batches(
         [prompt] * len(ids), ids, [c.logps for c in sampled], advantages,
-        max_tokens=micro_batch_tokens, pad_id=0, device="cuda",
+        max_tokens=micro_batch_tokens, step=StepTotals(sum(map(len, ids)), len(ids), max(map(len, ids))),
+        device=next(model.parameters()).device,
     )  # fmt: skip
-    gaps = []  # read at the end: a number asked for earlier is a wait for the card
+    gaps = []  # read at the end, because reading a number waits for the GPU
     for micro in micros:
-        new, _ = completion_logps(model, micro, offload=offload)
+        new, _ = completion_logps(model, micro)
         loss, _ = policy_loss(
             new, None, micro.advantages, micro.mask, Objective(), sampler_logps=micro.sampler_logps,
-            token_count=sum(map(len, ids)), sequence_count=len(ids), max_completion_length=max(map(len, ids)),
+            token_count=micro.step.tokens, sequence_count=micro.step.sequences,
         )  # fmt: skip
         loss.backward()
         gaps.append(((new.detach() - micro.sampler_logps).abs() * micro.mask).sum())
@@ -85,7 +87,7 @@ def train_step(
 
 
 def busy(events: Sequence) -> float:
-    """Milliseconds in which at least one kernel ran: those that start before the one ahead has ended overlap it."""
+    """Milliseconds in which at least one kernel ran: kernels that overlap count once."""
     total = end = 0.0
     for e in sorted((e for e in events if e.device_type == DeviceType.CUDA), key=lambda e: e.time_range.start):
         total += max(0.0, e.time_range.end - max(end, e.time_range.start))
@@ -94,7 +96,7 @@ def busy(events: Sequence) -> float:
 
 
 def profiled(what: str, run: Callable[[], object], most: int) -> None:
-    """Print what ran on the card, the largest sums first."""
+    """Print the kernels that `run` launches, at most `most` of them, the largest sums of time first."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -105,7 +107,7 @@ def profiled(what: str, run: Callable[[], object], most: int) -> None:
     total, count = sum(e.self_device_time_total for e in kernels) / 1e3, sum(e.count for e in kernels)
     print(
         f"{what}: {count} launches, {total:.1f} ms of kernels; {1e3 * wall:.1f} ms, "
-        f"{busy(profiler.events()):.1f} not idle"
+        f"{busy(profiler.events()):.1f} of them with a kernel running"
     )
     if most:
         print("ms, calls, kernel")
@@ -115,10 +117,9 @@ def profiled(what: str, run: Callable[[], object], most: int) -> None:
 
 def main(args: Args) -> None:
     model = load_policy(
-        args.model,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=True,
+        Policy(args.model, lora_rank=args.lora_rank, lora_alpha=args.lora_rank),
         kept_layers=args.kept_layers,
+        offload=args.offload,
         fused=args.fused,
         device="cuda",
     )
@@ -136,18 +137,18 @@ def main(args: Args) -> None:
     for tokens in args.micro_batch_tokens:
 
         def step(tokens: int = tokens) -> None:
-            train_step(model, optimizer, prompt, sampled, micro_batch_tokens=tokens, offload=args.offload)
+            train_step(model, optimizer, prompt, sampled, micro_batch_tokens=tokens)
 
         step()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         marks = [time.perf_counter()]
         for _ in range(args.steps):
-            step()  # whose last act waits for the card
+            step()  # ends by reading a number, which waits for the GPU
             marks.append(time.perf_counter())
         seconds = [b - a for a, b in itertools.pairwise(marks)]
         print(
-            f"micro-batches of {tokens:5} tokens: {statistics.median(seconds):.3f} s a step ({min(seconds):.3f} to "
+            f"micro-batches of {tokens:5} tokens: {statistics.median(seconds):.3f} s per step ({min(seconds):.3f} to "
             f"{max(seconds):.3f}); PyTorch {torch.cuda.max_memory_allocated() / GIB:.2f} GiB allocated, "
             f"{torch.cuda.max_memory_reserved() / GIB:.2f} reserved",
             flush=True,
