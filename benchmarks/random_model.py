@@ -1,9 +1,9 @@
-"""A checkpoint of a real model's shapes with random NF4 weights, for speed and memory, which do not depend on values.
+"""A checkpoint with the shapes of a real model and random NF4 weights: speed and memory do not depend on the values.
 
     python benchmarks/random_model.py llama31_8b FOLDER               # on a GPU; on a CPU it takes minutes
     python benchmarks/random_model.py llama33_70b FOLDER --layers 8   # the first layers only
 
-Its tokens are bytes, so any text is a prompt; ids above those decode to nothing.
+Its tokens are bytes, so that any text is a prompt. Ids above the bytes decode to nothing.
 """
 
 import copy
@@ -85,13 +85,14 @@ def byte_tokenizer(answers: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def resized(config: PreTrainedConfig, **sizes: int) -> PreTrainedConfig:
-    """A copy with other sizes."""
+    """A copy of the config with other sizes."""
     settings = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
     return type(config)(**(settings | sizes))
 
 
 def write_random(config: PreTrainedConfig, folder: Path, device: str = "cuda") -> None:
-    """A checkpoint as bitsandbytes saves it: NF4 with double quantization, embeddings, head and norms in bf16."""
+    """Write a checkpoint as bitsandbytes saves it: linear layers in NF4 with double quantization; embeddings, head and
+    norms in bf16. device: where the weights are quantized."""
     config = copy.deepcopy(config)
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -136,21 +137,21 @@ def write_random(config: PreTrainedConfig, folder: Path, device: str = "cuda") -
 @dataclass
 class Args:
     name: Annotated[str, tyro.conf.Positional]
-    """whose shapes"""
+    """model whose shapes the checkpoint has: llama31_8b, phi4, ... (SHAPES)"""
     folder: Annotated[Path, tyro.conf.Positional]
-    """to write"""
+    """folder to write, which must not exist"""
     layers: int | None = None
-    """only so many"""
+    """number of layers, the first ones; None: all"""
     device: str = "cuda"
-    """where weights are quantized"""
+    """device on which the weights are quantized"""
 
 
 def main(args: Args) -> None:
     if args.name not in SHAPES:
-        raise ValueError(f"{args.name}: no such shapes; choose one of {', '.join(SHAPES)}")
+        raise ValueError(f"{args.name}: there are no such shapes; choose one of {', '.join(SHAPES)}")
     config = SHAPES[args.name]
     write_random(resized(config, num_hidden_layers=args.layers) if args.layers else config, args.folder, args.device)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -1,27 +1,35 @@
 """pass@k, majority votes and standard errors against their definitions; resuming; the command on a tiny model."""
 
+import dataclasses
 import itertools
 import json
 import math
 import random
 import re
-from typing import NamedTuple
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import write_byte_model
 
-from grpo.tasks.data import Example, load_splits
-from grpo_rollout.programs.evaluate import Args, evaluate, main, majority, mean_and_error, pass_at_k, summarize
-
-
-class Completion(NamedTuple):
-    token_ids: list[int]
-    truncated: bool
-
-
-class Sampling(NamedTuple):
-    temperature: float = 1.0
-    max_tokens: int = 20
+from grpo.errors import UserError
+from grpo.policy.chat import load_tokenizer
+from grpo.policy.models import Policy, load_policy
+from grpo.runs.checkpoint import save_adapter
+from grpo.sampler import Completion, Question, Sampling
+from grpo.tasks.data import load_splits
+from grpo_rollout.programs import evaluate as module
+from grpo_rollout.programs.evaluate import (
+    Args,
+    default_out,
+    evaluate,
+    main,
+    majority,
+    mean_and_error,
+    pass_at_k,
+    summarize,
+)
+from grpo_rollout.torch.engine import TorchEngine
 
 
 class FakeEngine:
@@ -42,7 +50,7 @@ class FakeEngine:
             for _ in range(group_size):
                 value = number + rng.randint(0, 1)
                 text = rng.choice([f"<answer>{value}</answer>", f"The answer is {value}.00", "I do not know"])
-                completions.append(Completion(encode(text), text == "I do not know"))
+                completions.append(Completion(encode(text), [0.0] * len(text), text == "I do not know"))
         return completions
 
 
@@ -54,18 +62,18 @@ def decode(ids):
     return "".join(map(chr, ids))
 
 
-EXAMPLES = [Example(f"What is {i}?", str(i)) for i in range(10, 33)]
+QUESTIONS = [Question(f"What is {i}?", str(i), encode(f"What is {i}?")) for i in range(10, 33)]
+SAMPLING = Sampling(max_tokens=20)
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize(("n", "c"), [(n, c) for n in range(1, 7) for c in range(n + 1)])
-def test_pass_at_k_is_the_mean_over_all_subsets(n, c):
-    samples = [True] * c + [False] * (n - c)
-    for k in range(1, n + 1):
-        subsets = list(itertools.combinations(samples, k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_pass_at_k_of_many_samples():
@@ -137,7 +145,7 @@ def test_summary_of_known_records():
 
 def run(engine, out=None, **options):
     options = {"samples": 4, "seed": 3, "questions_per_batch": 5, "settings": {"model": "m"}} | options
-    return evaluate(engine, Sampling(), encode, decode, EXAMPLES, out=out, **options)
+    return evaluate(engine, options.pop("questions", QUESTIONS), SAMPLING, decode, out=out, **options)
 
 
 def test_records_say_what_was_answered(tmp_path):
@@ -147,19 +155,19 @@ def test_records_say_what_was_answered(tmp_path):
     header, *lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines == result.records
     assert header["evaluation"] | {"model": "m", "questions": 23, "samples": 4, "seed": 3} == header["evaluation"]
-    assert header["evaluation"]["sampling"] == {"temperature": 1.0, "max_tokens": 20}
+    assert header["evaluation"]["sampling"] == SAMPLING._asdict()
     assert [s[:2] for s in seen] == [(5, 23), (10, 23), (15, 23), (20, 23), (23, 23)]
     assert seen[-1][2] == result.metrics["pass_at_1"]
     kinds = set()
     for i, line in enumerate(lines):
-        assert (line["index"], line["question"], line["ground_truth"]) == (i, *EXAMPLES[i])
+        assert (line["index"], line["question"], line["ground_truth"]) == (i, *QUESTIONS[i][:2])
         for text, answer, lenient, right, lenient_right, tokens, truncated in zip(
             *(line[k] for k in ("completions", "answers", "lenient_answers", "correct", "lenient_correct")),
             line["tokens"],
             line["truncated"],
         ):
             kinds.add((text[:2], right, lenient_right))
-            ground_truth = int(EXAMPLES[i].ground_truth)
+            ground_truth = int(QUESTIONS[i].ground_truth)
             said = re.search(r"\d+", text)
             assert lenient_right == (said is not None and int(said.group()) == ground_truth)
             assert right == (lenient_right and text.startswith("<answer>"))
@@ -194,31 +202,23 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path):
         ({"settings": {"model": "other"}}, "model 'm', and now it is 'other'"),
         ({"settings": {"model": "m", "adapter": "a"}}, "adapter None, and now it is 'a'"),
         ({"questions_per_batch": 7}, "batch 5, and now it is 7"),
+        ({"questions": [q._replace(prompt=[65, *q.prompt]) for q in QUESTIONS]}, "made with prompts"),
+        ({"questions": [q._replace(ground_truth="1") for q in QUESTIONS]}, "made with examples"),
     ],
 )
 def test_a_file_of_another_evaluation_is_refused(tmp_path, change, message):
     run(FakeEngine(), tmp_path / "e.jsonl")
     before = (tmp_path / "e.jsonl").read_text()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(FakeEngine(), tmp_path / "e.jsonl", **change)
     assert (tmp_path / "e.jsonl").read_text() == before
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "e.jsonl").write_text('{"question": "mine"}\n')
-    with pytest.raises(ValueError, match="exists and is not an evaluation's file"):
+    with pytest.raises(UserError, match="exists and is not an evaluation's file"):
         run(FakeEngine(), tmp_path / "e.jsonl")
     assert (tmp_path / "e.jsonl").read_text() == '{"question": "mine"}\n'
-
-
-def test_another_prompt_or_another_gold_is_another_evaluation(tmp_path):
-    out = tmp_path / "e.jsonl"
-    run(FakeEngine(), out)
-    options = {"samples": 4, "seed": 3, "questions_per_batch": 5, "settings": {"model": "m"}, "out": out}
-    with pytest.raises(ValueError, match="made with prompts"):
-        evaluate(FakeEngine(), Sampling(), lambda q: encode("Please: " + q), decode, EXAMPLES, **options)
-    with pytest.raises(ValueError, match="made with examples"):
-        evaluate(FakeEngine(), Sampling(), encode, decode, [e._replace(ground_truth="1") for e in EXAMPLES], **options)
 
 
 def test_seeds_differ_between_batches_and_seeds():
@@ -230,15 +230,10 @@ def test_seeds_differ_between_batches_and_seeds():
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="no test questions"):
-        evaluate(FakeEngine(), Sampling(), encode, decode, [])
-    with pytest.raises(ValueError, match="--samples 0"):
+    with pytest.raises(UserError, match="no test questions"):
+        run(FakeEngine(), questions=[])
+    with pytest.raises(UserError, match="--samples 0"):
         run(FakeEngine(), samples=0)
-    engine = FakeEngine()
-    with pytest.raises(ValueError, match="2 test questions are training questions too"):
-        run(engine, tmp_path / "e.jsonl", training=[*EXAMPLES[3:5], Example("another", "1")])
-    assert engine.calls == []
-    assert not (tmp_path / "e.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -265,8 +260,6 @@ def args(model_folder, tmp_path):
 
 
 def test_command(args, capsys):
-    import dataclasses
-
     result = main(args)
     assert [r["question"] for r in result.records] == [f"w{i} w{i + 1}" for i in range(20, 25)]
     assert all(0 < t <= 6 for r in result.records for t in r["tokens"])
@@ -281,64 +274,49 @@ def test_command(args, capsys):
 
 
 def test_another_adapter_in_the_same_place_or_another_engine_is_another_evaluation(args, tmp_path, monkeypatch):
-    import dataclasses
-
-    import grpo_rollout.make
-    from grpo.policy.models import load_policy
-    from grpo.runs.checkpoint import save_adapter
-    from grpo_rollout.torch.engine import TorchEngine
-
-    args = dataclasses.replace(args, adapter=str(tmp_path / "adapter"))
-    policy = load_policy(args.model, lora_rank=1, load_in_4bit=False)
+    args = dataclasses.replace(args, adapter=tmp_path / "adapter")
+    policy = load_policy(Policy(args.model, lora_rank=1, load_in_4bit=False))
     save_adapter(policy, tmp_path / "adapter")
     result = main(args)
     assert main(args) == result
-    header = json.loads(args.out.read_text().splitlines()[0])["evaluation"]
-    assert header["engine"] == "TorchEngine"
-    assert str(tmp_path) not in header["adapter_sha256"] + header["model_sha256"]
+    made_with = json.loads(args.out.read_text().splitlines()[0])["evaluation"]
+    assert made_with["engine"] == "TorchEngine"
+    assert str(tmp_path) not in made_with["adapter_sha256"] + made_with["model_sha256"]
 
     class OtherEngine(TorchEngine):
         pass
 
+    def make_engine(model, tokenizer, rollout, card):
+        return OtherEngine(model, eos_ids=[2], pad_id=tokenizer.pad_token_id)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            grpo_rollout.make,
-            "make_engine",
-            lambda kind, model, *, eos_ids, pad_id, **_: OtherEngine(model, eos_ids=eos_ids, pad_id=pad_id),
-        )
-        with pytest.raises(ValueError, match="was made with engine 'TorchEngine', and now it is 'OtherEngine'"):
+        patch.setattr(module, "make_engine", make_engine)
+        with pytest.raises(UserError, match="was made with engine 'TorchEngine', and now it is 'OtherEngine'"):
             main(args)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.1)
     save_adapter(policy, tmp_path / "adapter")
     before = args.out.read_text()
-    with pytest.raises(ValueError, match="was made with adapter_sha256"):
+    with pytest.raises(UserError, match="was made with adapter_sha256"):
         main(args)
     assert args.out.read_text() == before
 
 
 def test_another_model_in_the_same_place_is_another_evaluation(args, tmp_path):
-    import dataclasses
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(args.model, model)
     args = dataclasses.replace(args, model=str(model))
     main(args)
     with open(model / "config.json", "a") as file:
         file.write("\n")
-    with pytest.raises(ValueError, match="was made with model_sha256"):
+    with pytest.raises(UserError, match="was made with model_sha256"):
         main(args)
 
 
 def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
-    """As its recipe does: an expression is right; the ground_truth repeated, or its target alone, is not, to either reading."""
-    import dataclasses
-
-    import grpo_rollout.make
-    from grpo.policy.models import load_tokenizer
-
+    """As its recipe does: an expression is right. The ground truth repeated, or its target alone, is not, to either
+    reading."""
     said = [
         "<think>40 / 8 is 5, but 64...</think> <answer>40 * 2 * 4 / 64 = 5</answer>",
         "<answer>5: 40 4 64 2</answer>",
@@ -354,9 +332,9 @@ def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
 
         def generate(self, prompts, group_size, sampling, *, seed):
             assert "40, 4, 64, 2" in tokenizer.decode(prompts[0])
-            return [Completion(tokenizer(text, add_special_tokens=False)["input_ids"], False) for text in said]
+            return [Completion(tokenizer(text, add_special_tokens=False)["input_ids"], [], False) for text in said]
 
-    monkeypatch.setattr(grpo_rollout.make, "make_engine", lambda *_, **__: Player())
+    monkeypatch.setattr(module, "make_engine", lambda *_: Player())
     result = main(dataclasses.replace(args, model=str(model), data="countdown", limit=1, samples=4))
     (line,) = result.records
     assert line["ground_truth"] == "5: 40 4 64 2"
@@ -366,8 +344,6 @@ def test_countdown_is_checked_by_its_own_reward(args, tmp_path, monkeypatch):
 
 
 def test_a_single_file_has_the_parts_that_recipes_train_on_and_hold_out(args, tmp_path, capsys):
-    import dataclasses
-
     rows = [{"question": f"w{i} w{j}", "answer": f"w{i}"} for i in range(10, 16) for j in range(10, 16)]
     file = tmp_path / "one.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -385,27 +361,40 @@ def test_a_single_file_has_the_parts_that_recipes_train_on_and_hold_out(args, tm
     assert asked(split="train", limit=3) == [e.question for e in train[:3]]
     assert asked(split="all") == [r["question"] for r in rows]
     # It is compared with its own train part: data of another set must be named.
-    with pytest.raises(ValueError, match="test questions are training questions too"):
+    with pytest.raises(UserError, match="test questions are training questions too"):
         asked(split="all", training=str(file))
-    with pytest.raises(ValueError, match=r"--split validation: .* is a single file; give train, test or all"):
+    with pytest.raises(UserError, match=r"--split validation: .* is a single file; give train, test or all"):
         asked(split="validation")
     file.write_text(json.dumps(train[0]._asdict() | {"answer": "1"}) + "\n")
-    with pytest.raises(ValueError, match=r"--split test: none of the 1 questions of .* is in it; give --split all"):
+    with pytest.raises(UserError, match=r"--split test: none of the 1 questions of .* is in it; give --split all"):
         asked()
 
 
 def test_command_refuses(args, tmp_path):
-    import dataclasses
-
-    with pytest.raises(ValueError, match="greedy samples are all the same"):
+    with pytest.raises(UserError, match="greedy samples are all the same"):
         main(dataclasses.replace(args, temperature=0.0))
-    with pytest.raises(ValueError, match=r"--prompt must hold \{question\}"):
+    with pytest.raises(UserError, match=r"--prompt must hold \{question\}"):
         main(dataclasses.replace(args, prompt="Solve this."))
     train = tmp_path / "data" / "train.jsonl"
-    with pytest.raises(ValueError, match="5 test questions are training questions too"):
+    with pytest.raises(UserError, match="5 test questions are training questions too"):
         main(dataclasses.replace(args, data=str(train), split="all", training=args.data))
-    with pytest.raises(ValueError, match=r"--limit 0 must be at least 1"):
+    with pytest.raises(UserError, match=r"--limit 0 must be at least 1"):
         main(dataclasses.replace(args, data=str(train), limit=0))
-    with pytest.raises(ValueError, match=r"--split all: arithmetic is not a single file"):
+    with pytest.raises(UserError, match=r"--split all: arithmetic is not a single file"):
         main(dataclasses.replace(args, data="arithmetic", split="all"))
     assert not args.out.exists()
+
+
+def test_base_and_adapter_have_files_of_their_own(tmp_path, monkeypatch):
+    def name(**changes):
+        return str(default_out(Args(**{"model": "Qwen/Qwen2.5-3B", **changes})))
+
+    assert name() == "runs/evaluation-Qwen2.5-3B-gsm8k.jsonl"
+    assert name(data="open-r1/other") == "runs/evaluation-Qwen2.5-3B-other.jsonl"
+    assert name(adapter=Path("runs/mine/adapter")) == "runs/evaluation-mine-gsm8k.jsonl"
+    step = Path("runs/mine/checkpoints/step-000100/adapter")
+    assert name(adapter=step) == "runs/evaluation-mine-step-000100-gsm8k.jsonl"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "one.jsonl").touch()
+    monkeypatch.chdir(tmp_path / "adapter")
+    assert name(adapter=Path(), data="../one.jsonl") == f"runs/evaluation-{tmp_path.name}-one.jsonl"

@@ -1,28 +1,25 @@
-"""Export: the merged weights, the comparisons, the folder that is taken home."""
+"""Export: the merged weights, the comparisons, the folder that is taken home; and the report that is drawn again."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
-from run_driver import RECIPE, Args
+from run_driver import RECIPE, arguments, begin, make_samples
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.policy.models import load_policy
-from grpo.runs.checkpoint import save_adapter
-from grpo.runs.run import start_run
+from grpo.errors import UserError
+from grpo.policy.models import Policy, load_policy
+from grpo.runs.checkpoint import list_checkpoints, save_adapter
+from grpo.runs.record import open_record
+from grpo.runs.run import Run
 from grpo_rollout.programs import export as module
-from grpo_rollout.programs.export import (
-    Behaviour,
-    Difference,
-    difference,
-    export,
-    find_adapter,
-    sample_prompts,
-    weight_changes,
-)
+from grpo_rollout.programs import report
+from grpo_rollout.programs.compare import Behaviour, Difference, difference, weight_changes
+from grpo_rollout.programs.export import export, find_adapter, sample_prompts
 
 PROMPTS = ["<s> user w9 w10 <end> assistant", "<s> user w20 <end> assistant"]
 
@@ -30,19 +27,17 @@ PROMPTS = ["<s> user w9 w10 <end> assistant", "<s> user w20 <end> assistant"]
 @pytest.fixture(scope="module")
 def run(model_folder, tmp_path_factory):
     """A finished run of the tiny Llama with an adapter that matters, and checkpoints of steps 1 (the best), 2 and 3."""
-    torch.manual_seed(0)
-    run = start_run(Args(run_dir=tmp_path_factory.mktemp("runs") / "run", steps=3, save_every=1), recipe=RECIPE)
-    model = load_policy(model_folder("llama"), lora_rank=4, lora_alpha=8, lora_targets="q_proj,down_proj")
+    args = arguments(run_dir=tmp_path_factory.mktemp("runs") / "run", steps=3, save_every=1)
+    model = load_policy(Policy(model_folder("llama"), lora_rank=4, lora_alpha=8, lora_targets="q_proj,down_proj"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    run = Run(open_record(args, recipe=RECIPE), model, optimizer)
     for step in run.steps(3):
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1 * step)
         run.log(step, {"reward": step / 10, "eval/pass_at_1": 0.9 if step == 1 else 0.5})
-        run.save_completions(step, PROMPTS, ["a", "b"], {"correct": [0, 1]}, split="eval")
-        run.save_completions(step, ["w1"], ["a"], {"correct": [0]})
-        run.save(step, model, optimizer)
-    run.finish(model)
+        run.save_completions(step, make_samples(PROMPTS, ["a", "b"]), {"correct": [0, 1]}, split="eval")
+        run.save_completions(step, make_samples(["w1"], ["a"]), {"correct": [0]})
     return run.directory
 
 
@@ -106,6 +101,10 @@ def test_the_card_names_command_results_and_what_merging_changed(run, tmp_path):
     assert str(run) not in card.replace(record["command"], "")  # a path of this machine says nothing elsewhere
     assert "![curves](rewards.png)" in card
     assert (tmp_path / "out/rewards.png").read_bytes() == (run / "rewards.png").read_bytes()
+    data = ModelCard.load(tmp_path / "out/README.md").data
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["grpo", "lora"])
+    assert data.base_model is None  # a folder of this machine
+    assert module.model_card("owner/base", {}, {}, "", []).data.base_model == "owner/base"
 
 
 @pytest.mark.parametrize(("checkpoint", "step", "score"), [("2", 2, 0.5), ("best", 1, 0.9)])
@@ -137,7 +136,7 @@ def test_a_bare_adapter_s_card_gives_no_metrics(run, tmp_path):
 
 def test_weight_changes_against_float64(run, model_folder):
     base = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
-    model = PeftModel.from_pretrained(base, run / "adapter")
+    model = module.with_adapter(base, run / "adapter")
     weights, deltas = [], []
     for name, weight in load_file(f"{model_folder('llama')}/model.safetensors").items():
         if "q_proj" in name or "down_proj" in name:
@@ -173,43 +172,46 @@ def test_which_adapter(run, tmp_path):
     assert find_adapter(run, "best") == run / "checkpoints/step-000001/adapter"
     assert find_adapter(run, "2") == run / "checkpoints/step-000002/adapter"
     assert find_adapter(run / "adapter", "final") == run / "adapter"
-    with pytest.raises(ValueError, match=r"--checkpoint 7: final, best or a step; there are: 1, 2, 3"):
+    with pytest.raises(UserError, match=r"--checkpoint 7: final, best or a step; there are: 1, 2, 3"):
         find_adapter(run, "7")
-    with pytest.raises(ValueError, match="--checkpoint last: final, best or a step"):
+    with pytest.raises(UserError, match="--checkpoint last: final, best or a step"):
         find_adapter(run, "last")
-    with pytest.raises(ValueError, match="is an adapter, not a run"):
+    with pytest.raises(UserError, match="is an adapter, not a run"):
         find_adapter(run / "adapter", "best")
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         find_adapter(tmp_path, "final")
 
 
 def test_an_unfinished_run_and_a_torn_checkpoint_are_refused(tmp_path):
-    run = start_run(Args(run_dir=tmp_path / "run"), recipe=RECIPE)
-    model = torch.nn.Linear(2, 2)
-    run.save(1, model, torch.optim.SGD(model.parameters()))
-    with pytest.raises(ValueError, match="the run has not finished; give --checkpoint best or a step"):
+    run = begin(arguments(run_dir=tmp_path / "run", save_every=1))
+    for step in run.steps(2):
+        if step == 2:
+            break
+    with pytest.raises(UserError, match="the run has not finished; give --checkpoint best or a step"):
         find_adapter(run.directory, "final")
     (run.directory / "adapter").mkdir()
     (run.directory / "adapter" / "adapter_config.json").write_text("{}")  # of an earlier end, before a resume
-    with pytest.raises(ValueError, match=r"--checkpoint final: .* has not finished; .* go on with --resume"):
+    with pytest.raises(UserError, match=r"--checkpoint final: .* has not finished; .* go on with --resume"):
         find_adapter(run.directory, "final")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* was evaluated"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* was evaluated"):
         find_adapter(run.directory, "best")
-    (run.directory / "checkpoints/step-000001/training.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-000001 is torn or corrupt: training\.safetensors"):
+    [checkpoint] = list_checkpoints(run.directory / "checkpoints")
+    [state] = [path for path in checkpoint.iterdir() if path.is_file() and path.suffix in (".pt", ".safetensors")]
+    state.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"step-000001 is torn or corrupt: {state.name}"):
         find_adapter(run.directory, "1")
 
 
 def test_nothing_is_overwritten_and_the_base_must_be_known(run, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=r"--out .*out exists, and is never overwritten"):
+    with pytest.raises(UserError, match=r"--out .*out exists, and is never overwritten"):
         merged(run, tmp_path / "out")
     folder = tmp_path / "adapter"
     save_adapter(torch.nn.Linear(2, 2), folder)
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
-    with pytest.raises(ValueError, match="names no base model; name it"):
+    with pytest.raises(UserError, match="names no base model; name it"):
         merged(folder, tmp_path / "new")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         merged(run, tmp_path / "new", base="./nowhere")
 
 
@@ -217,3 +219,22 @@ def test_sample_prompts_are_the_held_out_ones_each_once(run, tmp_path):
     assert sample_prompts(run, 8) == PROMPTS
     assert sample_prompts(run, 1) == PROMPTS[:1]
     assert len(sample_prompts(tmp_path, 2)) == 2
+
+
+def test_a_merged_model_that_is_another_one_ends_in_an_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "export", lambda args: {"merged": Difference(1, 2, 0.1, 0.2, margin=0.3)})
+    with pytest.raises(SystemExit, match=r"another one: completions part by 0\.30 nats"):
+        module.main(module.Args(run))
+
+
+def test_a_report_is_drawn_again_from_what_the_run_has_logged(run, tmp_path, capsys):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    for name in ("report.html", "rewards.png"):
+        (again / name).unlink()
+    report.main(report.Args(again))
+    assert (again / "report.html").read_text() == (run / "report.html").read_text()
+    assert (again / "rewards.png").stat().st_size > 0
+    assert capsys.readouterr().out == f"drawn: {again}/report.html, {again}/rewards.png\n"
+    with pytest.raises(UserError, match="holds no run"):
+        report.main(report.Args(tmp_path))

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GemmaConfig, LlamaConfig
 
+from grpo.errors import UserError
 from grpo_rollout.fit.memory import GIB, Dims, dims
 from grpo_rollout.fit.sizing import (
     KV_BLOCK,
-    Sizes,
+    EngineSizes,
     attention_splits,
     captured_batches,
     engine_sizes,
@@ -58,9 +59,9 @@ def test_lengths_are_rounded_up_to_blocks():
     assert sizes(max_prompt_tokens=250, max_completion_tokens=251, sequences=1).kv_tokens == 512 + KV_BLOCK
 
 
-def test_fewer_sequences_under_a_budget_and_the_budget_is_kept():
+def test_fewer_sequences_under_a_limit_and_the_limit_is_kept():
     asked = sizes(sequences=64, max_completion_tokens=1792)
-    tight = sizes(sequences=64, max_completion_tokens=1792, budget_bytes=15 * GIB)
+    tight = sizes(sequences=64, max_completion_tokens=1792, limit_bytes=15 * GIB)
     assert asked.max_num_seqs == 64
     assert 1 <= tight.max_num_seqs < 64
     assert 7 * GIB + tight.working_bytes + tight.kv_cache_bytes <= 15 * GIB
@@ -69,8 +70,8 @@ def test_fewer_sequences_under_a_budget_and_the_budget_is_kept():
 
 
 def test_fp8_cache_holds_twice_as_many():
-    bf16 = sizes(sequences=512, max_completion_tokens=3840, budget_bytes=20 * GIB)
-    fp8 = sizes(sequences=512, max_completion_tokens=3840, budget_bytes=20 * GIB, kv_bytes_per_value=1)
+    bf16 = sizes(sequences=512, max_completion_tokens=3840, limit_bytes=20 * GIB)
+    fp8 = sizes(sequences=512, max_completion_tokens=3840, limit_bytes=20 * GIB, kv_bytes_per_value=1)
     assert 1.9 <= fp8.max_num_seqs / bf16.max_num_seqs <= 2.1
 
 
@@ -84,15 +85,15 @@ def test_work_grows_with_tokens_and_sequences():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"budget_bytes": 8 * GIB}, "--gpu-memory-gib"),
+        ({"limit_bytes": 8 * GIB}, "--gpu-memory-gib"),
         ({"max_completion_tokens": 10_000_000}, "--max-completion-tokens"),
-        ({"budget_bytes": 81 * GIB}, "more than the card has"),
+        ({"limit_bytes": 81 * GIB}, "more than the card has"),
         ({"sequences": 0}, "sequences"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
     ],
 )
 def test_refusals_name_the_flag(changes, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named):
         sizes(**changes)
 
 
@@ -101,28 +102,28 @@ def test_refusals_name_the_flag(changes, named):
     prompt=st.integers(1, 4096),
     completion=st.integers(1, 8192),
     sequences=st.integers(1, 600),
-    budget=st.none() | st.integers(12, 80),
+    limit=st.none() | st.integers(12, 80),
 )
-def test_never_over_the_limit_and_always_room_for_each_sequence(free, prompt, completion, sequences, budget):
-    limit = 80 * GIB * 0.97 if budget is None else budget * GIB
+def test_never_over_the_limit_and_always_room_for_each_sequence(free, prompt, completion, sequences, limit):
+    limit_bytes = None if limit is None else limit * GIB
     try:
         made = sizes(
             free_bytes=free * GIB,
             max_prompt_tokens=prompt,
             max_completion_tokens=completion,
             sequences=sequences,
-            budget_bytes=None if budget is None else budget * GIB,
+            limit_bytes=limit_bytes,
         )
-    except ValueError:
+    except UserError:
         return
-    assert (80 - free) * GIB + made.working_bytes + made.kv_cache_bytes <= limit
+    assert (80 - free) * GIB + made.working_bytes + made.kv_cache_bytes <= (limit_bytes or 0.97 * 80 * GIB)
     assert 1 <= made.max_num_seqs <= sequences
     assert made.kv_tokens >= made.max_num_seqs * (prompt + completion)
     assert made.max_num_batched_tokens >= made.max_num_seqs  # a decode step fits one pass
 
 
 def test_what_must_be_free_is_what_the_engine_takes_and_what_nobody_may():
-    sizes = Sizes(512, 8, 2048, 4112, kv_cache_bytes=4 * GIB, working_bytes=GIB)
+    sizes = EngineSizes(512, 8, 2048, 4112, kv_cache_bytes=4 * GIB, working_bytes=GIB)
     assert must_be_free(sizes, 80 * GIB, 24 * GIB) == (80 - 24 + 5) * GIB
     assert must_be_free(sizes, 80 * GIB, None) == pytest.approx(7.4 * GIB)
 

@@ -1,24 +1,34 @@
-"""What training takes of a card, by part, known from the config alone; and two ways of staying below a limit."""
+"""What training takes of a card, by part, computed from the model's config alone; and the test that it really fits.
+
+Every quantity is in bytes. GiB (2^30 bytes, as nvidia-smi's MiB are 2^20) appear at the flag --gpu-memory-gib only.
+"""
+
+from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
-
-from grpo.batch import MicroBatch
+from grpo.batch import MicroBatch, StepTotals
+from grpo.errors import UserError
+from grpo.lazy import torch
 from grpo.logprobs import completion_logps
-from grpo.policy.models import adapter_shapes, linear_layers, trainable_parameters, weightless
+from grpo.policy.models import Policy, adapter_shapes, linear_layers, meta_model, trainable_parameters
+from grpo.sampler import Rollout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grpo_rollout.fit.plan import Card, Plan
 
 GIB = 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""of a weight: its code, a byte of scale for 64 of them, and a float for 256 of those (double quantization)"""
+"""bytes per weight: its code, one byte of scale per 64 weights, and one float per 256 scales (double quantization)"""
+LATE_BYTES = GIB // 8
+"""bytes that CUDA and compiled kernels may take of the card after `cap_gpu_memory`: 22 MB beyond the limit were seen"""
 
 
 class Dims(NamedTuple):
-    """What of a model decides the size of its KV cache and of its work buffers."""
+    """The sizes of a model that decide how large its KV cache and its work buffers are."""
 
     layers: int
     hidden: int
@@ -29,7 +39,7 @@ class Dims(NamedTuple):
 
 
 def dims(config: Any) -> Dims:
-    """Of a transformers config."""
+    """The sizes that a transformers config names or implies."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     return Dims(
@@ -43,81 +53,80 @@ def dims(config: Any) -> Dims:
 
 
 class PolicySize(NamedTuple):
-    """The parameters of a policy, counted on a model without weights."""
+    """Numbers of parameters of a policy, counted on a model without weights."""
 
     parameters: int
-    """of the base model"""
+    """parameters of the base model"""
     quantized: int
-    """of those, the ones kept in 4 bits: linear layers but the head, and but what the checkpoint leaves out"""
+    """base parameters kept in 4 bits: linear layers, except the head and what a quantized checkpoint leaves out"""
     largest: int
-    """of the largest 4-bit layer: what dequantizing needs room for"""
+    """parameters of the largest 4-bit layer, which is dequantized as a whole"""
     trainable: int
-    """of the adapter"""
+    """parameters of the adapter"""
     reference: int = 0
-    """of its frozen copy, where a trained adapter is trained further"""
+    """parameters of the adapter's frozen copy, where a trained adapter is trained further"""
 
     @property
     def quantized_bytes(self) -> int:
+        """The 4-bit weights with their scales."""
         return int(self.quantized * NF4_BYTES)
 
     @property
     def dense_bytes(self) -> int:
-        """embeddings, head and norms in 16 bits"""
+        """Embeddings, head and norms, in 16 bits."""
         return 2 * (self.parameters - self.quantized)
 
     @property
     def adapter_bytes(self) -> int:
-        """master weights and gradients, fp32, and the frozen copy"""
+        """The adapter's master weights and gradients, and its frozen copy, in fp32."""
         return 8 * self.trainable + 4 * self.reference
 
     @property
     def optimizer_bytes(self) -> int:
-        """AdamW's two moments, fp32"""
+        """AdamW's two moments, in fp32."""
         return 8 * self.trainable
 
 
-def policy_size(
-    config: Any,
-    modules: list[str],
-    *,
-    lora_rank: int,
-    load_in_4bit: bool = True,
-    adapter: str | Path | None = None,
-) -> PolicySize:
-    """modules: full names of the adapted ones (`grpo.policy.models.target_modules`). Parameters that are shared (a tied head)
-    count once. adapter: a trained adapter's folder: its own sizes count, and twice, for its copy is the reference."""
-    skeleton = weightless(config)
+def policy_size(config: Any, modules: list[str], policy: Policy) -> PolicySize:
+    """Count the parameters of the policy that `load_policy` would make. Shared parameters (a tied head) count once.
+
+    config, modules: the results of `grpo.policy.models.check_policy`.
+    With a trained adapter (`policy.adapter`) the sizes of its own tensors count rather than rank and modules; and they
+    count twice, since its frozen copy is the reference policy."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skeleton = meta_model(config)
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if settings:  # a checkpoint that is already quantized is loaded as it is
-        load_in_4bit = bool(settings.get("load_in_4bit"))
+    # A checkpoint that is already quantized is loaded as it is.
+    four_bit = bool(settings.get("load_in_4bit")) if settings else policy.load_in_4bit
     left_out = list(settings.get("llm_int8_skip_modules") or ())
     quantized = largest = trainable = 0
     adapted = set(modules)
     for name, module in linear_layers(skeleton).items():
-        if load_in_4bit and should_convert_module(name, left_out):
+        if four_bit and should_convert_module(name, left_out):
             quantized += module.weight.numel()
             largest = max(largest, module.weight.numel())
         if name in adapted:
-            trainable += lora_rank * (module.in_features + module.out_features)
+            trainable += policy.lora_rank * (module.in_features + module.out_features)
     reference = 0
-    if adapter:
-        reference = trainable = sum(math.prod(shape) for shape in adapter_shapes(adapter).values())
+    if policy.adapter:
+        reference = trainable = sum(math.prod(shape) for shape in adapter_shapes(policy.adapter).values())
     return PolicySize(sum(p.numel() for p in skeleton.parameters()), quantized, largest, trainable, reference)
 
 
 def training_bytes(
     model: Dims, size: PolicySize, *, tokens: int, completion_tokens: int, offload: bool, fused: bool = True
 ) -> int:
-    """The most that the forward and backward pass of one micro-batch takes beside weights, adapter and optimizer.
+    """The most that forward and backward pass of one micro-batch take beside weights, adapter and optimizer.
 
-    tokens: padded tokens of the micro-batch. completion_tokens: of them, those whose log-probabilities are taken.
-    fused: whether `grpo.policy.layers` takes the layers over.
-    The sum, in bf16 under gradient checkpointing, of: each layer's input (two layers' if `offload`: the others wait
-    in the host's memory); what one layer holds where its backward pass is fullest, within its MLP (10 hidden values a
-    token, and gate, up and their product, of which it keeps gradients in their places; not fused 14 hidden and 8
-    intermediate values); its largest weight dequantized (not fused: twice); and for the head a gradient factor and the
-    row blocks of `linear_logprob` (4 hidden values a completion token, 0.1 GiB)."""
+    tokens: padded tokens of the micro-batch. completion_tokens: those of them whose log-probabilities are taken.
+    fused: whether `grpo.policy.layers` replaces the layers' forward.
+    In bf16 under activation checkpointing it is the sum of: the input of every layer (of two layers with `offload`,
+    since the others wait in host memory); what one layer holds where its backward pass is fullest, in its MLP (10
+    hidden values per token, and gate, up and their product, whose gradients overwrite them; 14 hidden and 8
+    intermediate values if not fused); its largest weight, dequantized (twice if not fused); and for the head a gradient
+    factor and the row blocks of `linear_logprob` (4 hidden values per completion token, 0.1 GiB)."""
     inputs = (2 if offload else model.layers) * tokens * model.hidden * 2
     values = 10 * model.hidden + 3.25 * model.intermediate if fused else 14 * model.hidden + 8 * model.intermediate
     head = completion_tokens * model.hidden * 4 * 2 + GIB // 10
@@ -125,74 +134,88 @@ def training_bytes(
 
 
 def kept_bytes(model: Dims, *, tokens: int) -> int:
-    """What a layer that keeps its activations takes from its forward to its backward pass, beside its input.
+    """What a layer that keeps its activations holds from its forward to its backward pass, beside its input.
 
-    In bf16 and for the layers that `grpo.policy.layers` takes over, a token's: both norms' results, the second one's input,
-    queries, attention's result, keys and values, gate and up; where one product makes queries, keys and values (Phi-3),
-    that as well, and attention's result in another order; a twentieth more for the adapters'."""
+    In bf16, for the layers that `grpo.policy.layers` replaces, it holds per token: the results of both norms and the
+    input of the second; queries, keys, values and the result of attention; gate and up. Where one product makes
+    queries, keys and values (Phi-3), it holds that product, too, and the result of attention in another layout. The
+    adapters' activations are a twentieth more."""
     values = 7 * model.hidden + 3 * model.kv_heads * model.head_dim + 2 * model.intermediate
     return int(1.05 * 2 * tokens * values)
 
 
-LATER_BYTES = GIB // 8
-"""what CUDA and compiled kernels may take of a card after `hold_memory`: 22 MB beyond the limit were seen"""
+# ------------------------------------------------------------------------------------------------------- on the card
 
 
-def hold_memory(limit_gb: float | None, device: torch.device) -> None:
-    """From here on PyTorch takes no more of the card than keeps everything on it within `limit_gb` GiB, as nvidia-smi
-    shows it: it gives cached blocks back first, and raises OutOfMemoryError after that. None, or no GPU: no limit.
+def fit_test(model: nn.Module, rollout: Rollout, card: Card, plan: Plan, *, entropy_grad: bool = False) -> None:
+    """Run the largest micro-batch that can come, within the memory that the card and --gpu-memory-gib allow: what does
+    not fit fails here rather than at step 200.
 
-    Call it when all else (the CUDA context, an engine at rest) is there: what those take, PyTorch does not see. For
-    kernels that are loaded later, `LATER_BYTES` are left."""
-    if limit_gb is None or device.type != "cuda":
+    It caps PyTorch's memory for the rest of the run (`cap_gpu_memory`), so call it when the engine is made. On a CPU
+    there is no card to fill, and it returns at once. entropy_grad: whether the loss has an entropy bonus.
+    Raises UserError, naming flags, where the micro-batch does not fit."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return
+    cap_gpu_memory(card.gpu_memory_gib, device)
+    try_micro_batch(model, largest_micro_batch(rollout, plan.micro_batch_tokens, device), entropy_grad=entropy_grad)
+
+
+def cap_gpu_memory(limit_gib: float | None, device: torch.device) -> None:
+    """Let PyTorch take no more of the card than keeps everything on it within `limit_gib`, as nvidia-smi shows it.
+    Near the limit PyTorch first frees cached blocks, and then raises OutOfMemoryError. None, or no GPU: no limit.
+
+    Call it when everything else is on the card (the CUDA context, an engine at rest), because PyTorch does not see what
+    that takes. `LATE_BYTES` stay free for kernels that are loaded later."""
+    if limit_gib is None or device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(limit_gb * GIB) - LATER_BYTES - (total - free) + torch.cuda.memory_reserved(device)
-    if allowed <= 0:
-        raise ValueError(
-            f"--gpu-memory-gib {limit_gb:g}: {(total - free) / GIB:.1f} GiB of the card are in use already"
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    used_bytes = total_bytes - free_bytes
+    others_bytes = used_bytes - torch.cuda.memory_reserved(device)
+    cap_bytes = int(limit_gib * GIB) - LATE_BYTES - others_bytes
+    if cap_bytes <= 0:
+        raise UserError(
+            f"--gpu-memory-gib {limit_gib:g}: {used_bytes / GIB:.1f} GiB of the card are in use already; raise it, or "
+            "end what else runs on the card"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes), device)
 
 
-def preflight(
-    model: nn.Module,
-    *,
-    prompt_tokens: int,
-    completion_tokens: int,
-    micro_batch_tokens: int,
-    offload: bool = False,
-    entropy_grad: bool = False,
-) -> float:
-    """Forward and backward of the largest micro-batch that can come, beside AdamW's moments to come: what does not fit
-    fails now and not at step 200. Nothing is learnt from it: gradients are dropped, and no random number is drawn.
-
-    Returns the peak of PyTorch's memory in GiB (0 on a CPU). Raises ValueError, naming flags, if it does not fit."""
-    device = next(model.parameters()).device
-    parameters = trainable_parameters(model)
+def largest_micro_batch(rollout: Rollout, micro_batch_tokens: int, device: torch.device | str = "cpu") -> MicroBatch:
+    """As many sequences as fit into `micro_batch_tokens`, and one at least: each has a prompt and a completion at their
+    limits, and a gradient."""
+    prompt_tokens, completion_tokens = rollout.max_prompt_tokens, rollout.max_completion_tokens
     rows = max(1, micro_batch_tokens // (prompt_tokens + completion_tokens))
     mask = torch.ones(rows, completion_tokens, device=device)
-    batch = MicroBatch(
+    return MicroBatch(
         ids=torch.zeros(rows, prompt_tokens + completion_tokens, dtype=torch.int64, device=device),
         prompt_lengths=torch.full((rows,), prompt_tokens, device=device),
         mask=mask,
         sampler_logps=torch.zeros_like(mask),
         advantages=torch.ones(rows, device=device),
         sequences=list(range(rows)),
+        step=StepTotals(rows * completion_tokens, rows, completion_tokens),
     )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+
+
+def try_micro_batch(model: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> None:
+    """Forward and backward pass of a micro-batch, beside the memory that AdamW's moments will take.
+
+    It leaves nothing behind: gradients are dropped, no weight changes, and no random number is drawn.
+    Raises UserError, naming flags, where the memory does not suffice."""
+    parameters = trainable_parameters(model)
     try:
-        moments = torch.empty(8 * sum(p.numel() for p in parameters), dtype=torch.uint8, device=device)
-        logps, entropy = completion_logps(model, batch, entropy_grad=entropy_grad, offload=offload)
+        moments = torch.empty(8 * sum(p.numel() for p in parameters), dtype=torch.uint8, device=micro.ids.device)
+        logps, entropy = completion_logps(model, micro, entropy_grad=entropy_grad)
         (logps.sum() + (entropy.sum() if entropy_grad else 0.0)).backward()
     except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"a micro-batch of {rows} x ({prompt_tokens} + {completion_tokens}) tokens does not fit into the memory "
-            f"there is; lower --micro-batch-tokens or --max-completion-tokens, or raise --gpu-memory-gib ({error})"
+        rows, completion_tokens = micro.mask.shape
+        raise UserError(
+            f"a micro-batch of {rows} x ({micro.ids.shape[1] - completion_tokens} + {completion_tokens}) tokens does "
+            f"not fit into the memory that is left; lower --micro-batch-tokens or --max-completion-tokens, or raise "
+            f"--gpu-memory-gib ({error})"
         ) from error
     del moments
     for parameter in parameters:
         parameter.grad = None
-    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0

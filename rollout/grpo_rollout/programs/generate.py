@@ -1,95 +1,103 @@
-"""Answer prompts with a base model and with a trained adapter, through the engine that training used.
+"""Answer questions with the base model and with a trained adapter, through the engine that training used.
 
-python -m grpo_rollout.programs.generate --model MODEL --adapter runs/RUN/adapter --prompt "What is 3 + 4?"
-python -m grpo_rollout.programs.generate --model MODEL --prompt "..." --samples 4 --temperature 1
+grpo generate --model MODEL --adapter runs/RUN/adapter --prompt "What is 3 + 4?"
+grpo generate --model MODEL --prompt "What is 3 + 4?" "What is 5 + 8?" --samples 4 --temperature 1
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import tyro
-from torch import nn
-
-from grpo.policy.models import encode_chat, load_policy, load_tokenizer, stop_ids
-from grpo.runs.cli import user_errors
-from grpo_rollout.engine import Engine, Sampling
+from grpo.errors import UserError
+from grpo.lazy import torch
+from grpo.policy.chat import encode_chat, load_tokenizer
+from grpo.policy.models import Policy, load_policy
+from grpo.sampler import Engine, Question, Rollout, sample
+from grpo_rollout.fit.plan import Card
 from grpo_rollout.make import make_engine
+from grpo_rollout.programs import run_program
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass
 class Args:
     model: str
-    """a transformers folder, a hub name or a .gguf file"""
+    """name on the Hugging Face hub, transformers folder, or .gguf file"""
     prompt: list[str] = field(default_factory=list)
-    """questions; each is asked as a user's turn"""
+    """questions; each is asked as one user message"""
     system: str | None = None
-    """a system turn before each question"""
-    adapter: str | None = None
-    """a trained adapter's folder; its answers are shown beside the base model's"""
+    """system message before each question, such as the recipe's"""
+    adapter: Path | None = None
+    """folder of a trained adapter, whose answers are shown beside the base model's"""
     samples: int = 1
-    """answers to each question"""
+    """number of answers to each question"""
     temperature: float = 0.0
-    """0 takes the likeliest token each time"""
+    """sampling temperature; 0 takes the most likely token every time"""
     max_completion_tokens: int = 256
-    """of an answer"""
+    """maximum number of tokens in an answer"""
     engine: Literal["auto", "vllm", "torch"] = "auto"
-    """vLLM where there is a GPU and it is installed, else torch"""
+    """engine that samples; auto: vLLM on a GPU where it is installed, else PyTorch"""
     load_in_4bit: bool = True
-    """NF4 weights, as in training"""
+    """whether to quantize the weights to NF4, as in training"""
     seed: int = 0
-    """of the samples"""
-
-
-def answers(
-    engine: Engine, tokenizer: Any, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int
-) -> list[list[str]]:
-    """`samples` texts for each prompt, special tokens left out."""
-    completions = engine.generate(prompts, samples, sampling, seed=seed)
-    texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
-
-
-def without_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Zero every B of the policy's adapter, which makes it the base model; returns what they were."""
-    kept = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B.default" in n}
-    with torch.no_grad():
-        for name in kept:
-            model.get_parameter(name).zero_()
-    return kept
+    """random seed for the samples"""
 
 
 def main(args: Args) -> None:
+    """Print the answers to each question, the base model's first. Raises UserError, naming the flag, for bad input."""
     if not args.prompt:
-        raise ValueError("--prompt is empty: give one question or more")
+        raise UserError("--prompt is empty: give one question or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(args.model)
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    prompts = [encode_chat(tokenizer, [*system, {"role": "user", "content": p}]) for p in args.prompt]
-    model = load_policy(
-        args.model, lora_rank=1, adapter=args.adapter, load_in_4bit=args.load_in_4bit, device=device, seed=args.seed
+    questions = [Question(text, "", encode_chat(tokenizer, text, system=args.system)) for text in args.prompt]
+    policy = Policy(args.model, lora_rank=1, adapter=args.adapter, load_in_4bit=args.load_in_4bit)
+    model = load_policy(policy, device=device, seed=args.seed)
+    rollout = Rollout(
+        temperature=args.temperature,
+        max_prompt_tokens=max(len(question.prompt) for question in questions),
+        max_completion_tokens=args.max_completion_tokens,
     )
-    trained = without_adapter(model)
-    engine = make_engine(
-        args.engine, model, eos_ids=stop_ids(args.model, tokenizer), pad_id=tokenizer.pad_token_id,
-        max_prompt_tokens=max(map(len, prompts)), max_completion_tokens=args.max_completion_tokens,
-        sequences=min(64, len(prompts) * args.samples),
-    )  # fmt: skip
-    sampling = Sampling(temperature=args.temperature, max_tokens=args.max_completion_tokens)
-    shown = {"base": answers(engine, tokenizer, prompts, args.samples, sampling, args.seed)}
+    trained = switch_adapter_off(model)
+    at_a_time = min(64, len(questions) * args.samples)
+    engine = make_engine(model, tokenizer, rollout, Card(engine=args.engine), sequences=at_a_time)
+    answers = {"base": answer(engine, tokenizer, questions, rollout, args)}
     if args.adapter:
-        with torch.no_grad():
-            for name, value in trained.items():
-                model.get_parameter(name).copy_(value)
+        switch_adapter_on(model, trained)
         engine.sync(model)
-        shown["trained"] = answers(engine, tokenizer, prompts, args.samples, sampling, args.seed)
+        answers["trained"] = answer(engine, tokenizer, questions, rollout, args)
     for i, question in enumerate(args.prompt):
         print(f"=== {question}")
-        for kind, texts in shown.items():
-            for text in texts[i]:
+        for kind, texts in answers.items():
+            for text in texts[i * args.samples : (i + 1) * args.samples]:
                 print(f"--- {kind}\n{text}")
 
 
+def answer(engine: Engine, tokenizer: Any, questions: list[Question], rollout: Rollout, args: Args) -> list[str]:
+    """[questions * samples] texts without special tokens."""
+    return sample(engine, tokenizer, questions, args.samples, rollout.sampling, seed=args.seed).texts
+
+
+def switch_adapter_off(model: nn.Module) -> dict[str, Tensor]:
+    """Make the policy its base model by zeroing every B of the adapter. Returns what they were, by name.
+
+    Unlike PEFT's `disable_adapter`, it is also seen by an engine that copies the adapter's tensors."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B.default" in n}
+    with torch.no_grad():
+        for name in before:
+            model.get_parameter(name).zero_()
+    return before
+
+
+def switch_adapter_on(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo `switch_adapter_off`, with what it returned."""
+    with torch.no_grad():
+        for name, value in before.items():
+            model.get_parameter(name).copy_(value)
+
+
 if __name__ == "__main__":
-    with user_errors():
-        main(tyro.cli(Args))
+    run_program(Args, main)
