@@ -1,13 +1,13 @@
-"""Loss from hidden states to their gradient: time, memory and error of ours and of every peer that is installed.
+"""The loss, from hidden states to their gradient: time, memory and error of ours and of every peer that is installed.
 
     python benchmarks/loss.py              # 8 x 1024 tokens, hidden 4096, vocabulary 128,256, bf16
-    python benchmarks/loss.py --sweep      # and token counts to 163,840, other vocabularies and hidden sizes
+    python benchmarks/loss.py --sweep      # then up to 163,840 tokens, other vocabularies and hidden sizes
 
-The loss is GRPO's on policy, -mean(exp(logp - logp.detach()) * advantage), the head is frozen. The floor is the time of
-the matrix products that the method needs (one: no gradient; two: forward and backward), each measured as one bf16
-product of the same size. Memory is the peak over what was allocated before, the gradient and all that is kept for the
-backward pass included. Errors are against float64 on a sample of rows, half of them confident (p > 1 - 1e-4):
-||x - exact|| / ||exact|| over the diffuse and over the confident rows.
+The loss is that of GRPO on policy, -mean(exp(logp - logp.detach()) * advantage), and the head is frozen. The floor is
+the time of the matrix products that the method needs (one without gradient, two with forward and backward pass), each
+measured as one bf16 product of the same size. Memory is the peak above what was allocated before; it includes the
+gradient and all that is kept for the backward pass. Errors are against float64 on a sample of rows, half of which are
+confident (p > 1 - 1e-4): ||x - exact|| / ||exact|| over the diffuse rows and over the confident ones.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,19 @@ from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 @dataclass
 class Args:
     sequences: int = 8
-    """sequences in the batch"""
+    """number of sequences in the batch"""
     length: int = 1024
-    """completion tokens of each sequence"""
+    """number of completion tokens per sequence"""
     hidden: int = 4096
     """hidden size"""
     vocab: int = 128_256
     """vocabulary size"""
     sample: int = 64
-    """rows whose error is measured"""
+    """number of rows whose error is measured"""
     milliseconds: int = 500
-    """time spent on each measurement"""
+    """milliseconds spent on each measurement"""
     sweep: bool = False
-    """also run ours over token counts, vocabularies and hidden sizes"""
+    """also measure ours over numbers of tokens, vocabularies and hidden sizes"""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Problem:
 
 
 def make_problem(sequences: int, length: int, hidden: int, vocab: int) -> Problem:
-    """Random hidden states; those of every second row point at their target (logit ~24, p ~ 1 - 1e-5)."""
+    """Random hidden states; in every second row they point at their target (logit about 24, p about 1 - 1e-5)."""
     torch.manual_seed(0)
     tokens = sequences * length
     weight = torch.empty(vocab, hidden, device="cuda", dtype=torch.bfloat16).normal_().mul_(1.3 / hidden**0.5)
@@ -64,12 +64,12 @@ def make_problem(sequences: int, length: int, hidden: int, vocab: int) -> Proble
     return Problem(x, weight, targets, torch.randn(sequences, device="cuda"))
 
 
-# Each method: Problem -> (logps or None, gradient of the loss with respect to x or None).
 Method = Callable[[Problem], tuple[Tensor | None, Tensor | None]]
+"""a way to compute the loss: problem -> (log-probabilities, gradient of x), None where it does not have one"""
 
 
 def from_logps(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Method:
-    """Forward and backward of a function (x, weight, targets) -> logps under the loss above."""
+    """Forward and backward pass of a function (x, weight, targets) -> logps under the loss above."""
 
     def method(p: Problem):
         leaf = p.x.detach().requires_grad_()
@@ -82,6 +82,8 @@ def from_logps(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Method:
 
 
 def without_gradient(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Method:
+    """The function alone."""
+
     def method(p: Problem):
         with torch.no_grad():
             return function(p.x, p.weight, p.targets), None
@@ -90,16 +92,19 @@ def without_gradient(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Me
 
 
 def ours(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`linear_logprob` with these options."""
     return lambda x, weight, targets: linear_logprob(x, weight, targets, **options)[0]
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What most trainers do: bf16 logits, upcast."""
+    """What most trainers do: logits in bf16, then cast to fp32."""
     logits = (x @ weight.T).float()
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 def chunked(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`plain` in chunks of rows, whose logits the backward pass computes again."""
+
     def function(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = zip(x.split(rows), targets.split(rows))
         return torch.cat([checkpoint(plain, part, weight, t, use_reentrant=False) for part, t in parts])
@@ -108,6 +113,8 @@ def chunked(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def half_of_the_rows(p: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """Ours, with a gradient for every second row only."""
+
     def function(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_logprob(x, weight, targets, grad_rows=torch.arange(len(x), device=x.device) % 2 == 0)[0]
 
@@ -115,6 +122,7 @@ def half_of_the_rows(p: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def liger(p: Problem):
+    """Liger-Kernel's fused linear GRPO loss, which returns no log-probabilities."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1, loss_type="grpo")
@@ -126,12 +134,12 @@ def liger(p: Problem):
 
 
 def cce(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Apple's cut cross-entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(x, weight, targets, reduction="none")
 
 
-# name: (method, products it needs at least)
 METHODS: dict[str, tuple[Method, int]] = {
     "ours": (from_logps(ours()), 2),
     "ours, low_memory": (from_logps(ours(low_memory=True)), 2),
@@ -147,17 +155,18 @@ METHODS: dict[str, tuple[Method, int]] = {
     "plain, no gradient": (without_gradient(plain), 1),
     "CCE, no gradient": (without_gradient(cce), 1),
 }
+"""methods by name, each with the number of matrix products that it needs at least"""
 
 
 def product_ms(p: Problem, milliseconds: int) -> float:
-    """One bf16 product x @ weight.T of the problem's size, its output kept to 4096 rows at a time."""
+    """Milliseconds of one bf16 product x @ weight.T of the problem's size, extrapolated from its first 4096 rows."""
     rows = min(len(p.x), 4096)
     return do_bench(lambda: p.x[:rows] @ p.weight.T, rep=milliseconds, return_mode="median") * len(p.x) / rows
 
 
 def measure(method: Method, p: Problem, milliseconds: int) -> tuple[float, float]:
-    """Median milliseconds, and peak GiB over what was allocated before."""
-    method(p)  # compiles, and makes the libraries' workspaces
+    """Median milliseconds, and peak GiB above what was allocated before."""
+    method(p)  # compiles kernels, and allocates the libraries' workspaces
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -169,7 +178,7 @@ def measure(method: Method, p: Problem, milliseconds: int) -> tuple[float, float
 
 
 def exact(p: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 logps and gradient of the sampled rows."""
+    """Log-probabilities and gradient of the sampled rows in float64."""
     leaf = p.x[rows].double().requires_grad_()
     logps, _ = linear_logprob_reference(leaf, p.weight.double(), p.targets[rows])
     (logps * -p.token_advantages()[rows].double() / len(p.x)).sum().backward()
@@ -178,9 +187,10 @@ def exact(p: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_fp32(p: Problem, rows: Tensor, tensor_cores: bool) -> tuple[Tensor, Tensor]:
-    """The same rows through whole fp32 logits of the bf16 inputs: the accuracy to reach. With tensor cores the products
-    are bf16 with fp32 output (their accumulation truncates), and the logits' gradient is rounded to bf16, as autograd
-    does under mixed precision; without, all products are fp32."""
+    """The same rows by way of whole fp32 logits of the bf16 inputs, which is the accuracy to reach.
+
+    tensor_cores: products in bf16 with fp32 output, whose accumulation truncates, and the gradient of the logits
+    rounded to bf16, as autograd does under mixed precision. Else all products are fp32."""
     x, weight = (t if tensor_cores else t.float() for t in (p.x[rows], p.weight))
     logits = torch.mm(x, weight.T, out_dtype=torch.float32).requires_grad_()
     logps = logits.log_softmax(1).gather(1, p.targets[rows, None]).squeeze(1)
@@ -190,7 +200,7 @@ def plain_fp32(p: Problem, rows: Tensor, tensor_cores: bool) -> tuple[Tensor, Te
 
 
 def errors(actual: Tensor | None, expected: Tensor, confident: Tensor) -> str:
-    """Relative error over the diffuse and over the confident rows."""
+    """Relative errors over the diffuse rows and over the confident ones, as two cells of the table."""
     if actual is None:
         return "-        -      "
     parts = ((actual.double() - expected)[rows].norm() / expected[rows].norm() for rows in (~confident, confident))
@@ -198,6 +208,7 @@ def errors(actual: Tensor | None, expected: Tensor, confident: Tensor) -> str:
 
 
 def table(args: Args) -> None:
+    """Print time, memory and errors of every method."""
     p = make_problem(args.sequences, args.length, args.hidden, args.vocab)
     tokens = len(p.x)
     one = product_ms(p, args.milliseconds)
@@ -231,7 +242,7 @@ def table(args: Args) -> None:
 
 
 def sweep(args: Args) -> None:
-    """Ours alone: linear in tokens, any vocabulary, any hidden size."""
+    """Print time and memory of ours over numbers of tokens, vocabularies and hidden sizes."""
     sizes = [(tokens, args.hidden, args.vocab) for tokens in (256, 1024, 4096, 8191, 32_768, 163_840)]
     sizes += [(8192, args.hidden, vocab) for vocab in (32_768, 49_152, 100_352, 151_936, 50_257)]
     sizes += [(8192, hidden, args.vocab) for hidden in (5120, 3584, 1536)]

@@ -1,16 +1,16 @@
-"""NF4 matrix products of a whole model: ours, bitsandbytes' and bf16 ones, side by side, with their errors.
+"""NF4 matrix products of a whole model, and their errors: ours beside bitsandbytes' and beside bfloat16 ones.
 
     python benchmarks/nf4.py                    # Llama 3.1 8B: 224 products, 1 to 2048 rows
     python benchmarks/nf4.py --check            # errors against float64 for the shapes of 1.5B to 70B models
-    python benchmarks/nf4.py --joined           # q, k, v and gate, up joined, as the vLLM engine runs them
-    python benchmarks/nf4.py --joined --lora 16 # beside them ours with an adapter, fused and by two products a slice
+    python benchmarks/nf4.py --joined           # q, k, v merged, and gate, up merged, as the vLLM engine runs them
+    python benchmarks/nf4.py --joined --lora 16 # ours with an adapter too: fused, and by two products per slice
     python benchmarks/nf4.py --joined --lora 16 --single # and each shape alone
-    python benchmarks/nf4.py --tune --joined --rows 256 128 64   # tile sizes of the fused kernel, each shape alone
+    python benchmarks/nf4.py --tune --joined --rows 256 128 64   # tile sizes of the fused kernels, each shape alone
     python benchmarks/nf4.py --chunks           # chunk sizes of the path for many rows
 
-A measurement is a CUDA graph of the linear layers of all the model's layers, each with its own weights (3.5 GB in all,
-so that the L2 cache serves none of them), replayed; the median is reported. Scales are double-quantized. GB/s counts
-the codes and scales (bf16: the weights), each once.
+One measurement replays a CUDA graph of the linear layers of all the model's layers and reports the median. Each layer
+has weights of its own (3.5 GB in all), so that the L2 cache serves none of them. Scales are double-quantized. GB/s
+counts the codes and the scales (bf16: the weights), each once.
 """
 
 import itertools
@@ -36,7 +36,6 @@ try:
 except ImportError:
     bnb = None
 
-# Linear layers of one decoder layer as (N, K): q, k, v, o, gate, up, down.
 MODELS = {
     "llama-3.1-8b": ([(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *[(14336, 4096)] * 2, (4096, 14336)], 32),
     "qwen-2.5-1.5b": ([(1536, 1536), (256, 1536), (256, 1536), (1536, 1536), *[(8960, 1536)] * 2, (1536, 8960)], 28),
@@ -47,8 +46,7 @@ MODELS = {
         80,
     ),
 }
-
-
+"""linear layers of one decoder layer as (N, K), in the order q, k, v, o, gate, up, down, and the number of layers"""
 DEVICE = "cuda"
 STARTED = time.monotonic()
 
@@ -56,33 +54,32 @@ STARTED = time.monotonic()
 @dataclass
 class Args:
     model: str = "llama-3.1-8b"
-    """whose linear layers: llama-3.1-8b (also Mistral 7B's), qwen-2.5-1.5b, qwen-2.5-7b, phi-4, llama-3.1-70b"""
+    """model whose linear layers are measured: llama-3.1-8b (as Mistral 7B), qwen-2.5-1.5b, qwen-2.5-7b, phi-4,
+    llama-3.1-70b"""
     layers: int | None = None
-    """fewer layers than the model has"""
+    """number of layers; None: as many as the model has"""
     rows: list[int] = field(default_factory=lambda: [1, 8, 16, 32, 64, 128, 256, 512, 2048])
-    """rows of x"""
+    """numbers of rows of x"""
     check: bool = False
-    """errors of every model's shapes instead"""
+    """measure errors instead, for the shapes of every model"""
     tune: bool = False
-    """times of many tile sizes instead: each shape alone, then the best of each in one graph"""
+    """time many tile sizes instead: each shape alone, then the best of each in one graph"""
     joined: bool = False
-    """q, k, v as one product and gate, up as one, as the vLLM engine runs them"""
+    """merge q, k, v into one product and gate, up into one, as the vLLM engine does"""
     lora: int | None = None
-    """rank of an adapter: two columns more, ours with it in passing and with its products in torch after ours"""
+    """rank of an adapter: adds two columns, ours with the adapter's product fused and with it in torch afterwards"""
     single: bool = False
-    """also us of each shape alone, ours without and with the adapter"""
-    scaled: bool | None = None
-    """whether the fused kernel scales its weights before the product; None: as nf4_linear has it"""
+    """also time each shape alone, in us, without and with the adapter"""
     seconds: float = 140
-    """--tune times nothing more once so long has passed"""
+    """seconds after which --tune times nothing more"""
     chunks: bool = False
-    """times of chunk sizes instead"""
+    """time chunk sizes instead"""
     expanded: bool = False
-    """scales expanded to float32 for ours, instead of double-quantized"""
+    """expand the scales to float32 for ours, which then dequantizes above 16 rows; else they are double-quantized"""
     replays: int = 20
-    """replays of each graph"""
+    """number of replays of each graph"""
     best: int = 4
-    """tile sizes that --tune prints"""
+    """number of tile sizes that --tune prints per shape"""
     compile: int | None = None
     """internal: index of the tiles that this process compiles and checks for --tune"""
 
@@ -98,7 +95,7 @@ class Weight:
         return self.packed.numel() + (self.absmax.quantized.numel() if nested else 4 * self.absmax.numel())
 
     def state(self):
-        """As bitsandbytes' QuantState."""
+        """The same as bitsandbytes' QuantState."""
         a = self.absmax
         outer = bnb.functional.QuantState(absmax=a.absmax, code=a.code, blocksize=256, dtype=torch.float32)
         return bnb.functional.QuantState(
@@ -108,16 +105,16 @@ class Weight:
 
 
 def layer_shapes(args: Args) -> list[tuple[int, int]]:
-    """(N, K) of one layer's products, in the order they run."""
+    """(N, K) of one layer's products, in the order in which they run."""
     shapes, _ = MODELS[args.model]
-    if not args.joined or len(shapes) == 4:  # Phi-4's are joined already
+    if not args.joined or len(shapes) == 4:  # Phi-4's are merged already
         return shapes
     q, k, v, o, gate, up, down = shapes
     return [(q[0] + k[0] + v[0], q[1]), o, (gate[0] + up[0], gate[1]), down]
 
 
 def random_weight(shape: tuple[int, int], joined: bool = False) -> Weight:
-    """joined: with an offset for each second-level scale."""
+    """Random codes and scales. joined: with an offset for each second-level scale, as merged weights have."""
     n, k = shape
     packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device=DEVICE)
     blocks = n * k // 64
@@ -132,7 +129,7 @@ def random_weight(shape: tuple[int, int], joined: bool = False) -> Weight:
 
 
 def replay_ms(run: Callable[[], None], replays: int) -> float:
-    """Median time of one replay of run as a CUDA graph."""
+    """Median milliseconds of one replay of run as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.no_grad():
         run()
@@ -168,9 +165,9 @@ def products(weights: list[Weight], x: dict[int, Tensor], backend: str | None = 
 
 
 def slice_ends(args: Args, shape: tuple[int, int]) -> tuple[int, ...]:
-    """Rows at which q, k, v or gate, up end in a product that joins them; (N,) of any other."""
+    """Rows at which q, k, v or gate, up end in a merged product; (N,) for any other."""
     single = MODELS[args.model][0]
-    if len(single) == 4:  # Phi-4, whose adapters are of the joined product
+    if len(single) == 4:  # Phi-4, whose adapter is one of the merged product
         return (shape[0],)
     for part in (single[:3], single[4:6]):
         ends = tuple(itertools.accumulate(n for n, _ in part))
@@ -186,6 +183,8 @@ def random_lora(args: Args, shape: tuple[int, int]) -> Lora:
 
 
 def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[Lora], fused: bool) -> Callable[[], None]:
+    """Products with an adapter each, which is added within the product or afterwards in torch."""
+
     def run():
         for w, lora in zip(weights, loras):
             rows = x[w.shape[1]]
@@ -197,7 +196,7 @@ def adapted(weights: list[Weight], x: dict[int, Tensor], loras: list[Lora], fuse
 
 
 def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], Tiles]) -> Callable[[], None]:
-    """tiles: of each shape."""
+    """Products by the fused kernels with these tiles per shape."""
 
     def run():
         for w in weights:
@@ -207,6 +206,7 @@ def tiled(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, in
 
 
 def table(args: Args) -> None:
+    """Print the time of all products for each number of rows, by each way."""
     shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
     weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
     states = [w.state() for w in weights] if bnb else []
@@ -223,6 +223,8 @@ def table(args: Args) -> None:
     for rows in args.rows:
         x = inputs(shapes, rows)
         path = nf4.choose_backend(next(iter(x.values())), rows, 4096)
+        if args.expanded and rows > FEW_ROWS_TILE and path == "fused":
+            path = "dequantize"
         ms = replay_ms(products(weights, x), args.replays)
         chunks = replay_ms(products(weights, x, "dequantize"), 5)
         theirs = float("nan")
@@ -249,8 +251,8 @@ def table(args: Args) -> None:
 
 
 def check(args: Args) -> bool:
-    """Errors on fresh Gaussian weights and inputs, outputs poisoned with NaN. True if ours is never the worse."""
-    torch.use_deterministic_algorithms(True)  # with it torch.empty fills what it returns with NaN
+    """Print errors for new Gaussian weights and inputs, with outputs poisoned with NaN. True if ours is never worse."""
+    torch.use_deterministic_algorithms(True)  # then torch.empty fills what it returns with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
     shapes = sorted({shape for model, _ in MODELS.values() for shape in model})
     print(f"{'N':>6}{'K':>6}  relative error, ours / bitsandbytes, for rows " + ", ".join(map(str, args.rows)))
@@ -276,13 +278,13 @@ def check(args: Args) -> bool:
 
 
 def candidates(rows: int) -> list[Tiles]:
-    """Tiles to try; splits are filled in for each shape. The first scales sums, the others weights."""
+    """Tiles to try, with one split; `splits_of` says which splits to try for a shape."""
     T = Tiles
-    first = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
+    chosen = nf4.choose_tiles(rows, 2**17, 4096, 132)._replace(splits=1)
     if rows <= FEW_ROWS_TILE:
         few = [T(16, 8 if rows <= 8 else 16, 1, warps, 1) for warps in (2, 4, 8, 16)]
         few += [tiles._replace(registers=registers) for tiles in few[1:3] for registers in (80, 96)]
-        return list(dict.fromkeys([first, *few, T(64, 16, 1, 4, 2, wide=False)]))
+        return list(dict.fromkeys([chosen, *few]))
     if rows <= 64:
         height = 32 if rows <= 32 else 64
         found = [T(64, height, 1, 4, 3), T(64, height, 1, 4, 4), T(128, height, 1, 8, 3), T(128, height, 1, 8, 4)]
@@ -291,7 +293,7 @@ def candidates(rows: int) -> list[Tiles]:
         found += [T(128, 128, 1, 8, 4), T(128, 128, 1, 8, 3, registers=128)]
     else:
         found = [T(128, 256, 1, 8, 3), T(128, 128, 1, 8, 4), T(128, 128, 1, 8, 3, registers=128), T(64, 256, 1, 4, 3)]
-    return [first, *(tiles._replace(scaled=True) for tiles in found)]
+    return list(dict.fromkeys([chosen, *found]))
 
 
 def all_candidates(args: Args) -> list[Tiles]:
@@ -299,7 +301,7 @@ def all_candidates(args: Args) -> list[Tiles]:
 
 
 def fused_error(x: Tensor, weight: Weight, tiles: Tiles, exact: Tensor) -> float:
-    """Relative error; what the kernel leaves unwritten is NaN."""
+    """Relative error of a fused product; whatever the kernel leaves unwritten is NaN."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -309,22 +311,18 @@ def fused_error(x: Tensor, weight: Weight, tiles: Tiles, exact: Tensor) -> float
 
 
 def compile_tiles(args: Args) -> bool:
-    """Compile one of the candidates, with and without split, and check it; False if it is wrong or does not run."""
+    """Compile one of the candidates, with and without splits, and check it; False if it is wrong or does not run."""
     tiles = all_candidates(args)[args.compile]
-    weight = random_weight((304, 2048), args.joined)  # N a multiple of 16 as the real ones: no second compilation
-    x = torch.randn(
-        tiles.rows - 3 if tiles.n == FEW_ROWS_TILE else 2 * tiles.rows - 3,
-        2048,
-        device=DEVICE,
-        dtype=torch.bfloat16,
-    )
+    weight = random_weight((304, 2048), args.joined)  # N is a multiple of 16, as in models: no second compilation
+    rows = tiles.rows - 3 if tiles.n == FEW_ROWS_TILE else 2 * tiles.rows - 3
+    x = torch.randn(rows, 2048, device=DEVICE, dtype=torch.bfloat16)
     exact = x.double() @ nf4.nf4_dequantize_reference(weight.packed, weight.absmax, weight.shape, torch.float64).T
     for splits in (1,) if tiles.n == FEW_ROWS_TILE else (1, 2):
         t = tiles._replace(splits=splits, pdl=DEVICE == "cuda")
         try:
             error = fused_error(x, weight, t, exact)
             problem, good = f"error {error:.2e}", error < 3e-3
-        except Exception as failure:  # too much shared memory, say
+        except Exception as failure:  # too much shared memory, for example
             problem, good = f"{type(failure).__name__} {str(failure)[:200]}", False
         if not good:
             print("left out:", t, problem, flush=True)
@@ -334,7 +332,7 @@ def compile_tiles(args: Args) -> bool:
 
 def compile_all(args: Args) -> set[Tiles]:
     """The candidates that run and are right. Each is compiled and tried in a process of its own, all at once, so that
-    one that fails or hangs takes no other with it."""
+    one that fails or hangs does not affect the others."""
     command = [sys.executable, __file__, "--tune", *["--joined"] * args.joined, "--rows", *map(str, args.rows)]
     every = all_candidates(args)
     jobs = [subprocess.Popen([*command, "--compile", str(i)]) for i in range(len(every))]
@@ -351,7 +349,7 @@ def compile_all(args: Args) -> set[Tiles]:
 
 
 def splits_of(tiles: Tiles, n: int, k: int, rows: int, multiprocessors: int) -> list[int]:
-    """Splits worth a try: the programs fill the multiprocessors, in few enough pieces."""
+    """Splits that are worth a try: the programs fill the multiprocessors, and are not too many."""
     if tiles.n == FEW_ROWS_TILE:
         return [1]
     programs = -(-n // tiles.n) * -(-rows // tiles.rows)
@@ -361,7 +359,7 @@ def splits_of(tiles: Tiles, n: int, k: int, rows: int, multiprocessors: int) -> 
 
 
 def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int, int], Tiles], args: Args) -> float:
-    """us of one layer's part of weights; NaN, and a line, if it fails."""
+    """us per layer for these weights; NaN, and a line that says why, if it fails."""
     try:
         layers = args.layers or MODELS[args.model][1]
         return replay_ms(tiled(weights, x, tiles), args.replays) / layers * 1e3
@@ -370,24 +368,21 @@ def layer_us(weights: list[Weight], x: dict[int, Tensor], tiles: dict[tuple[int,
         return float("nan")
 
 
-def tune_shape(
-    weights: list[Weight], x: Tensor, args: Args, good: set[Tiles], first: dict[str, Tiles]
-) -> dict[Tiles, float]:
-    """us of one layer's products of this shape by tiles, best first. first: tried before the others, by name."""
+def tune_shape(weights: list[Weight], x: Tensor, args: Args, good: set[Tiles], chosen: Tiles) -> dict[Tiles, float]:
+    """us per layer for the products of this shape, by tiles, the best first. chosen: tiles that are tried first."""
     w, rows = weights[0], len(x)
     n, k = w.shape
     exact = x.double() @ nf4.nf4_dequantize_reference(w.packed, w.absmax, w.shape, torch.float64).T
     limit = 3e-3
     if bnb and DEVICE == "cuda":
         limit = 1.01 * relative_error(bnb.matmul_4bit(x, w.packed, w.state()), exact)
-    pdl = next(iter(first.values())).pdl
-    tries = list(first.values())
+    tries, multiprocessors = [chosen], nf4._multiprocessors(x.device)
     for t in candidates(rows):
-        tries += [t._replace(splits=s, pdl=pdl) for s in splits_of(t, n, k, rows, nf4._multiprocessors(x.device))]
+        tries += [t._replace(splits=s, pdl=chosen.pdl) for s in splits_of(t, n, k, rows, multiprocessors)]
     tries = [t for t in dict.fromkeys(tries) if t._replace(splits=1, pdl=False) in good]
     times, errors = {}, {}
     for t in tries:
-        if time.monotonic() - STARTED > args.seconds and t not in first.values():
+        if time.monotonic() - STARTED > args.seconds and t != chosen:
             print("    out of time")
             break
         us = layer_us(weights, {k: x}, {w.shape: t}, args)
@@ -400,34 +395,30 @@ def tune_shape(
     ranked = sorted(times, key=times.__getitem__)
     count = len(weights) // (args.layers or MODELS[args.model][1])
     floor = count * w.bytes() / 3.0e6  # us at 3 TB/s
-    print(f"{n} x {k}, {count} a layer, {rows} rows: floor {floor:.1f} us, {len(times)} of {len(tries)} timed")
-    for t in dict.fromkeys([*ranked[: args.best], *(t for t in first.values() if t in times)]):
-        names = "".join(f"  {name}" for name, named in first.items() if named == t)
-        print(f"   {times[t]:6.1f} us  error {errors[t]:.2e}  {t}{names}", flush=True)
+    print(f"{n} x {k}, {count} per layer, {rows} rows: floor {floor:.1f} us, {len(times)} of {len(tries)} timed")
+    for t in dict.fromkeys([*ranked[: args.best], *([chosen] if chosen in times else [])]):
+        print(f"   {times[t]:6.1f} us  error {errors[t]:.2e}  {t}{'  chosen' if t == chosen else ''}", flush=True)
     return {t: times[t] for t in ranked}
 
 
 def tune(args: Args, good: set[Tiles]) -> None:
-    """good: the tiles to try."""
+    """Print times of the tiles in `good` for each shape alone, then of the chosen and of the best ones in one graph."""
     shapes, layers = layer_shapes(args), args.layers or MODELS[args.model][1]
     weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
     device = weights[0].packed.device
     pdl = DEVICE == "cuda" and nf4.is_hopper(device)
     for rows in args.rows:
         x = inputs(shapes, rows)
-        chosen: dict[str, dict] = {"unscaled": {}, "scaled": {}, "best": {}}
-        sums = dict.fromkeys(chosen, 0.0)
+        found: dict[str, dict] = {"chosen": {}, "best": {}}
+        sums = dict.fromkeys(found, 0.0)
         for shape in dict.fromkeys(shapes):
-            first = {
-                name: nf4.choose_tiles(rows, *shape, nf4._multiprocessors(device), name == "scaled")._replace(pdl=pdl)
-                for name in ("unscaled", "scaled")
-            }
-            times = tune_shape([w for w in weights if w.shape == shape], x[shape[1]], args, good, first)
-            for name, t in {**first, "best": next(iter(times), None)}.items():
+            chosen = nf4.choose_tiles(rows, *shape, nf4._multiprocessors(device))._replace(pdl=pdl)
+            times = tune_shape([w for w in weights if w.shape == shape], x[shape[1]], args, good, chosen)
+            for name, t in (("chosen", chosen), ("best", next(iter(times), None))):
                 if t in times:
-                    chosen[name][shape] = t
+                    found[name][shape] = t
                 sums[name] += times.get(t, float("nan")) * layers / 1e3
-        for name, tiles in chosen.items():
+        for name, tiles in found.items():
             whole = float("nan")
             if len(tiles) == len(set(shapes)):
                 whole = layer_us(weights, x, tiles, args) * layers / 1e3
@@ -436,6 +427,7 @@ def tune(args: Args, good: set[Tiles]) -> None:
 
 
 def chunks(args: Args) -> None:
+    """Print the time of the path that dequantizes, by the size of its buffer."""
     shapes, layers = layer_shapes(args), args.layers or 8
     weights = [random_weight(shape, args.joined) for _ in range(layers) for shape in shapes]
     print(f"ms for {layers} layers; chunk MiB:", end="")
@@ -459,8 +451,6 @@ def chunks(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.scaled is not None:
-        nf4._scales_weights = lambda *_: args.scaled
     if args.compile is not None:
         sys.exit(not compile_tiles(args))
     good = compile_all(args) if args.tune else set()

@@ -1,5 +1,6 @@
-"""The Triton kernels compile for a GPU, without one: what the interpreter lets pass (a name that changes its type in a
-branch, say) the compiler refuses."""
+"""The Triton kernels compile for a GPU, without one.
+
+The compiler refuses what the interpreter lets pass: a name that changes its type in a branch, for example."""
 
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from grpo.losses import triton
+from grpo_kernels.nf4.linear import triton
 
 pytestmark = [
     pytest.mark.skipif(triton is None, reason="no Triton"),
@@ -21,9 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from grpo_kernels import linear_logprob, rope, swiglu, token_logprob
-from grpo_kernels.nf4 import dequantize as nf4_dequantize, few_rows as nf4_few_rows, linear as nf4_linear
-from grpo_kernels.nf4 import prologue as nf4_prepare, scaled as nf4_scaled
-from grpo import losses as policy_terms
+from grpo_kernels.nf4.dequantize import _dequantize_kernel
+from grpo_kernels.nf4.few_rows import _few_rows_kernel
+from grpo_kernels.nf4.prologue import prologue_kernel
+from grpo_kernels.nf4.scaled import _scaled_kernel
 from grpo_kernels.nf4.tiles import choose_tiles
 
 def compile(kernel, types, warps, stages=3, registers=None, **constants):
@@ -42,9 +44,9 @@ def types(pointers, integers, floats):
     kinds = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items() if kind}
     return kinds | dict.fromkeys(integers.split(), "i32") | dict.fromkeys(floats.split(), "fp32")
 
-for narrow, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
-    pointers = {"logits": "fp32", "narrow": narrow, "bias": bias, "targets": "i64"}
-    integers = "logits_stride narrow_stride state_stride data_stride start width hidden_size"
+for operand, bias, softcap in (("bf16", None, None), ("fp16", "fp16", 30.0)):
+    pointers = {"logits": "fp32", "operand": operand, "bias": bias, "targets": "i64"}
+    integers = "logits_stride operand_stride state_stride data_stride start width hidden_size"
     for kernel, accumulator in (
         (linear_logprob._softmax_step_kernel, "fp32"),
         (linear_logprob._sums_step_kernel, None),
@@ -70,68 +72,49 @@ for (dtype, half, rest), backward in itertools.product((("bf16", 64, 0), ("fp16"
     choices = {"Q_HEADS": 24, "K_HEADS": 8, "BACKWARD": bool(backward)}
     compile(rope._rope_kernel, known | dict.fromkeys(strides, "i32"), 4, **sizes, **choices)
 
-names = "logps old advantages policy policy_slope kl kl_slope log_weight ref importance"
-floats = "low high delta tau_positive tau_other k_positive lambda_positive k_negative lambda_negative"
-integers = "time advantage_row advantage_column importance_row importance_column"
-terms = {(row.term.__name__, row.level == "sequence") for row in policy_terms.LOSSES.values()}
-for (term, sequence), kl in itertools.product(sorted(terms), (None, "k3_ratio")):
-    pointers = dict.fromkeys(names.split(), "fp32") | {"keep": "u8"}
-    if kl is None:
-        pointers |= dict.fromkeys(("ref", "kl", "kl_slope", "importance"))
-    known = types(pointers, integers, floats + " max_log_ratio lowest")
-    choices = {"TERM": term, "SEQUENCE": sequence, "KL": kl, "IMPORTANCE": kl is not None}
-    compile(policy_terms._terms_kernel, known, 4, BLOCK=1024, **choices)
-
-# The tiles that nf4_linear chooses: with and without a split sum, nested and expanded scales, both dtypes.
+# The tiles that nf4_linear chooses: with and without a split sum, with and without an adapter.
 chosen = {}
-for rows, n, scaled in itertools.product((32, 64, 128, 256), (1024, 4096, 2**17), (False, True)):
-    if scaled or rows == 256 or n == 1024:
-        tiles = choose_tiles(rows, n, 4096, 132, scaled)
-        chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
-assert len(chosen) == 13 and {tiles.splits for tiles in chosen} == {1, 2}
+for rows, n in itertools.product((32, 64, 128, 256), (1024, 4096, 2**17)):
+    tiles = choose_tiles(rows, n, 4096, 132)
+    chosen[tiles._replace(splits=min(tiles.splits, 2))] = None
+assert len(chosen) == 9 and {tiles.splits for tiles in chosen} == {1, 2}
 for tiles, adapter in itertools.product(chosen, (False, True)):
     split = tiles.splits > 1
     rank = (16 if split else 64) if adapter else None
-    nested = tiles.scaled or split
-    dtype = "bf16" if nested else "fp16"
-    pointers = {"absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
-    pointers |= {"codes": "u8", "row_scale": "fp32"} if tiles.scaled else {"x": dtype, "words": "i16"}
-    pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
+    pointers = {"packed": "u8", "absmax": "u8", "row_scale": "fp32", "y": "bf16", "table": "i32"}
+    pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32")
     pointers |= {"partial": "fp32", "counters": "i32"} if split else {}
-    choices = {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "SPLIT": split, "PDL": True, "EMULATED": False}
-    choices |= {} if tiles.scaled else {"NESTED": nested, "GROUP": tiles.group, "WIDE": tiles.wide}
+    choices = {"N_TILE": tiles.n, "ROW_TILE": tiles.rows, "SPLIT": split, "PDL": True, "INTERPRET": False}
     integers = "offset_stride rows N K row_tiles"
     if rank:
-        pointers |= {"b": dtype, "shrunk": dtype}
+        pointers |= {"b": "bf16", "shrunk": "bf16"}
         integers += " slices first_end second_end"
         choices |= {"RANK": rank, "RANK_TILE": rank}
-    known = types(pointers, integers, "factor")
-    known |= {"x_desc": f"tensordesc<fp16[{tiles.rows}, 64]>"} if tiles.scaled else {}
-    kernel = nf4_scaled._scaled_kernel if tiles.scaled else nf4_linear._fused_kernel
-    compiled = compile(kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
+    known = types(pointers, integers, "factor") | {"x_desc": f"tensordesc<fp16[{tiles.rows}, 64]>"}
+    compiled = compile(_scaled_kernel, known, tiles.warps, tiles.stages, tiles.registers, **choices)
     assert compiled.metadata.shared <= 227 * 1024, tiles  # what a program may have on Hopper
-    if tiles.scaled:  # nothing but the TMA's copies goes through shared memory within the loop, and they come ahead
-        loop = next(part for part in compiled.asm["ttgir"].split("scf.for")[1:] if "warp_group_dot" in part)
-        loop = loop[: loop.index("scf.yield")]
-        assert loop.count("ttng.warp_group_dot ") == 2 and loop.count("ttng.async_tma_copy_global_to_local") == 2
-        assert loop.count("ttng.wait_barrier") == 1
-        for slow in ("convert_layout", "local_load", "local_store", "local_alloc", "tt.load"):
-            assert slow not in loop, (tiles, slow)
+    # Nothing but the TMA's copies goes through shared memory within the loop, and they come ahead.
+    loop = next(part for part in compiled.asm["ttgir"].split("scf.for")[1:] if "warp_group_dot" in part)
+    loop = loop[: loop.index("scf.yield")]
+    assert loop.count("ttng.warp_group_dot ") == 2 and loop.count("ttng.async_tma_copy_global_to_local") == 2
+    assert loop.count("ttng.wait_barrier") == 1
+    for slow in ("convert_layout", "local_load", "local_store", "local_alloc", "tt.load"):
+        assert slow not in loop, (tiles, slow)
 
 def compile_few_rows(rows, n, nested, dtype, rank, gated):
     tiles = choose_tiles(rows, n, 4096, 132)
-    pointers = {"x": dtype, "words": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
+    pointers = {"x": dtype, "packed": "i16", "absmax": "u8" if nested else "fp32", "y": dtype, "table": "i32"}
     pointers |= dict.fromkeys(("code", "outer", "offset"), "fp32") if nested else {"bias": dtype}
     pointers |= {"b": dtype, "shrunk": dtype} if rank else {}
     integers = "offset_stride rows row_stride N K"
     integers += " slices first_end second_end" if rank else ""
-    choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "EMULATED": False}
+    choices = {"NESTED": nested, "WARPS": tiles.warps, "COLUMNS": tiles.rows // 8, "PDL": True, "INTERPRET": False}
     choices |= {"GATED": gated} | ({"RANK": rank, "RANK_TILE": max(rank, 16)} if rank else {})
-    if rank:  # and the weight that follows is known
-        pointers |= {"following": "u8"}
-        integers += " following_bytes first_asking"
+    if rank:  # and the next product's weight is known
+        pointers |= {"next": "u8"}
+        integers += " next_bytes first_prefetcher"
     known = types(pointers, integers, "factor")
-    compile(nf4_few_rows._few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
+    compile(_few_rows_kernel, known, tiles.warps, 1, tiles.registers, **choices)
     return tiles
 
 few = {compile_few_rows(8, 1024, True, "bf16", 16, False), compile_few_rows(8, 2**17, False, "fp16", None, True)}
@@ -139,25 +122,23 @@ few |= {compile_few_rows(16, 1024, False, "bf16", 64, True), compile_few_rows(16
 assert len(few) == 4
 
 adapters = ((None, None, False), (12, 16, True), (16, 32, True), (32, 32, True), (64, 16, False))
-for made, gated, (rank, height, shared) in itertools.product(("bf16", "fp16", None), (False, True), adapters):
-    if made is None and (gated or not rank):
-        continue  # nothing to do
-    scaled = made == "fp16"
-    pointers = {"x": "bf16"} | ({"out": made, "counters": "i32"} if made else {})
-    pointers |= {"row_scale": "fp32"} if scaled else {}
+for scaled, gated, (rank, height, shared) in itertools.product((True, False), (False, True), adapters):
+    if not scaled and (gated or not rank):
+        continue  # nothing to do for few rows
+    pointers = {"x": "bf16"} | ({"out": "fp16", "row_scale": "fp32", "counters": "i32"} if scaled else {})
     x_rows, width, warps = (1, 16384, 16) if scaled else (2, 4096, 4)
     integers, choices = "row_stride rows columns counters", {"stride": 1, "X_ROWS": x_rows, "WIDTH": width}
     integers += " up_offset" * gated
     if rank:
         pointers |= {"a": "bf16", "shrunk": "bf16"} | ({"parts": "fp32", "shrink_counters": "i32"} if shared else {})
-        integers += " shrink_programs shrunk_rows slices share splits"
+        integers += " shrink_programs shrunk_rows slices blocks_per_program splits"
         choices |= {"RANK": rank, "RANK_TILE": max(rank, 16), "SHRINK_ROWS": height}
     known = types(pointers, integers, "")
-    compiled = compile(nf4_prepare.prepare_kernel, known, warps, PDL=True, **choices)
+    compiled = compile(prologue_kernel, known, warps, PDL=True, **choices)
     assert compiled.metadata.shared <= 48 * 1024, rank  # several programs a multiprocessor
-pointers = {"words": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
+pointers = {"packed": "i16", "absmax": "u8", "code": "fp32", "outer": "fp32", "offset": "fp32", "out": "bf16"}
 known = types(pointers, "offset_stride blocks width row_width row_start start", "")
-compile(nf4_dequantize._dequantize_kernel, known, 4, NESTED=True, BLOCKS=32)
+compile(_dequantize_kernel, known, 4, NESTED=True, BLOCKS=32)
 """
 
 

@@ -1,5 +1,6 @@
-"""The fused log-probability against float64, through the torch row steps and the Triton kernels (in the interpreter
-where there is no GPU: conftest.py sets TRITON_INTERPRET before Triton is imported)."""
+"""The fused log-probability against float64, by the row steps in torch and by the Triton kernels.
+
+Where there is no GPU, the kernels are interpreted: conftest.py sets TRITON_INTERPRET before Triton is imported."""
 
 import math
 
@@ -13,12 +14,12 @@ from grpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
 needs_triton = pytest.mark.skipif(module.triton is None, reason="no Triton")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
-# Largest relative error of a row: one rounding of a result to its dtype (2^-9 for bf16) and of the products' operands.
+# Largest relative error of a row: results are rounded once to their dtype (2^-9 for bf16), and so are the operands.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def inputs(tokens, hidden, vocab, dtype, device="cpu", seed=0):
-    """hidden, weight, bias, targets, upstream gradients of logps and of entropy; logits of standard deviation ~2."""
+    """hidden, weight, bias, targets, and upstream gradients of logps and of entropy; logits deviate by about 2."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=generator)
     weight = torch.randn(vocab, hidden, generator=generator) * 2 / hidden**0.5
@@ -61,7 +62,7 @@ def compare(backend, dtype, shape, device="cpu", *, entropy_grad=False, use_bias
         if e is not None:
             exact = name in ("logps", "entropy")
             tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32 if exact else dtype]
-            if name == "bias gradient":  # one number a row of the head: the rounding of one dz may be all of it
+            if name == "bias gradient":  # one number per row of the head, which may consist of one dz, rounded
                 a, e, tolerance = a[None], e[None], 2 * tolerance
             assert row_error(a, e) < tolerance, name
             assert a.dtype == (dtype if not exact else module._accumulator_dtype(x)), name
@@ -75,25 +76,29 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(7, 24, 301), (1, 40, 65), (4, 33, 50)], ids=str)
-def test_matches_float64(small_tiles, backend, dtype, shape):
-    compare(backend, dtype, shape, temperature=0.7)
+def test_matches_float64(small_tiles, backend, dtype):
+    for shape in ((7, 24, 301), (1, 40, 65), (4, 33, 50)) if dtype == torch.float32 else ((7, 24, 150),):
+        compare(backend, dtype, shape, temperature=0.7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options",
+    ("dtypes", "options"),
     [
-        {"softcap": 4.0, "temperature": 1.3},
-        {"low_memory": True, "temperature": 0.6},
-        {"entropy_grad": True},
-        {"entropy_grad": True, "softcap": 4.0, "temperature": 1.3, "use_bias": False},
+        ((torch.float16, torch.float32), {"softcap": 4.0, "temperature": 1.3}),
+        ((torch.float16, torch.float32), {"low_memory": True, "temperature": 0.6}),
+        ((torch.float16,), {"entropy_grad": True}),
+        (
+            (torch.float16, torch.bfloat16),
+            {"entropy_grad": True, "softcap": 4.0, "temperature": 1.3, "use_bias": False},
+        ),
     ],
     ids=str,
 )
-def test_options_match_float64(small_tiles, backend, dtype, options):
-    compare(backend, dtype, (7, 24, 150), **options)
+def test_options_match_float64(small_tiles, backend, dtypes, options):
+    """float16 is the dtype whose gradients are scaled into its range."""
+    for dtype in dtypes:
+        compare(backend, dtype, (4, 24, 150), **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,13 +169,13 @@ def test_maximum_that_moves_from_tile_to_tile(small_tiles, backend, slope, sign)
 @needs_triton
 @pytest.mark.parametrize(("slope", "softcap"), [(0.0, None), (0.05, 30.0), (3.0, None)])  # 64 columns: 0, 5, 277 bits
 def test_rows_without_gradient_match_float64(small_tiles, softcap, slope):
-    """They have a row kernel of their own, for which the maximum may lag: its first tile forbidden, too, and half of
-    the rows confident; and as those with a gradient."""
-    x, weight, bias, targets, *_ = inputs(6, 64, 301, torch.float32)
+    """They have a row kernel of their own, for which the maximum may lag; half of the rows are confident, and then the
+    first tile is forbidden too. Their values are those of rows with a gradient."""
+    x, weight, bias, targets, *_ = inputs(6, 64, 200, torch.float32)
     targets[0] = 0
     directions = weight[targets[::2]]
     x[::2] = 0.1 * x[::2] + 20 * directions / directions.square().sum(1, keepdim=True)
-    bias = bias * 0.1 + slope * torch.arange(301)
+    bias = bias * 0.1 + slope * torch.arange(200)
     for forbidden in (0, 100):
         bias[:forbidden] = -torch.inf
         options = {"temperature": 0.9, "softcap": softcap}
@@ -191,7 +196,7 @@ def test_rows_without_gradient_match_float64(small_tiles, softcap, slope):
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("first", [0, 70])
 def test_forbidden_tokens(small_tiles, backend, low_memory, first):
-    """A bias of -inf takes a token out: the same as a smaller head, be it a whole tile and the first."""
+    """A bias of -inf takes a token out: the same as a smaller head, even if it is a whole tile, and the first one."""
     x, weight, _, targets, *upstream = inputs(4, 16, 170, torch.float32)
     targets = targets % 100
     bias = torch.full((170,), -torch.inf)
@@ -210,8 +215,8 @@ def test_forbidden_tokens(small_tiles, backend, low_memory, first):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_grad_rows(small_tiles, backend, low_memory):
-    """Rows left out have the same values and no gradient; the others' gradient is what zero upstream gives."""
-    x, weight, bias, targets, *upstream = inputs(8, 16, 130, torch.float32)
+    """Rows that are left out have the same values and no gradient; that of the others is as with zeros upstream."""
+    x, weight, bias, targets, *upstream = inputs(8, 16, 100, torch.float32)
     rows = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool)
     options = {"backend": backend, "low_memory": low_memory, "temperature": 0.9}
     expected = run(linear_logprob, x, weight, bias, targets, [upstream[0] * rows, None], **options)
@@ -225,7 +230,7 @@ def test_grad_rows(small_tiles, backend, low_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_entropy_is_detached_unless_asked(backend):
+def test_entropy_is_detached_unless_asked(small_tiles, backend):
     x, weight, _, targets, *_ = inputs(3, 8, 40, torch.float32)
     x.requires_grad_()
     assert not linear_logprob(x, weight, targets, backend=backend)[1].requires_grad
@@ -239,7 +244,7 @@ def test_entropy_is_detached_unless_asked(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_second_backward_adds_the_same(backend, low_memory):
+def test_second_backward_adds_the_same(small_tiles, backend, low_memory):
     x, weight, _, targets, *_ = inputs(3, 8, 40, torch.float32)
     x.requires_grad_()
     logps, _ = linear_logprob(x, weight, targets, backend=backend, low_memory=low_memory)
@@ -252,8 +257,8 @@ def test_second_backward_adds_the_same(backend, low_memory):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_the_logits_are_never_whole(monkeypatch, backend, low_memory):
-    """No operation of forward and backward returns more bytes than the head or a tile has."""
-    tokens, hidden, vocab, tile = 32, 8, 300, (8, 64)
+    """No operation of the forward and the backward pass returns more bytes than the head or a tile has."""
+    tokens, hidden, vocab, tile = 9, 4, 300, (3, 64)
     monkeypatch.setattr(module, "_tile", lambda tokens, use: tile)
 
     class Largest(TorchDispatchMode):
@@ -281,26 +286,21 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("changes", "named"),
     [
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
-        ({"softcap": 0.0}, "softcap"),
-        ({"hidden": torch.zeros(3, 9)}, "hidden"),
-        ({"hidden": torch.zeros(1, 3, 8)}, "hidden"),
-        ({"weight": torch.zeros(40, 8, dtype=torch.bfloat16)}, "weight"),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets"),
-        ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets"),
-        ({"targets": torch.tensor([0, 1, 40])}, "targets"),
-        ({"targets": torch.tensor([0, 1, -100])}, "targets"),
-        ({"bias": torch.zeros(39)}, "bias"),
-        ({"bias": torch.zeros(40, device="meta")}, "bias"),
-        ({"grad_rows": torch.zeros(3)}, "grad_rows"),
-        ({"backend": "cuda"}, "backend"),
+        ([{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}], "temperature is"),
+        ([{"softcap": 0.0}], "softcap is"),
+        ([{"hidden": torch.zeros(3, 9)}, {"hidden": torch.zeros(1, 3, 8)}], r"hidden is .*\[tokens, hidden\]"),
+        ([{"weight": torch.zeros(40, 8, dtype=torch.bfloat16)}], "weight torch.bfloat16 .*of one dtype"),
+        ([{"targets": torch.zeros(n, dtype=d)} for n, d in ((4, torch.int64), (3, torch.int32))], "targets is .*int64"),
+        ([{"targets": torch.tensor([0, 1, bad])} for bad in (40, -100)], r"targets holds ids outside \[0, 40\)"),
+        ([{"bias": torch.zeros(39)}], "bias is"),
+        ([{"grad_rows": torch.zeros(3)}], "grad_rows is"),
+        ([{"backend": "cuda"}], "backend 'cuda'"),
     ],
 )
-def test_bad_input_is_named(change, named):
-    arguments = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(40, 8), "targets": torch.arange(3)} | change
-    with pytest.raises(ValueError, match=named):
-        linear_logprob(**arguments)
+def test_bad_input_is_named(changes, named):
+    arguments = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(40, 8), "targets": torch.arange(3)}
+    for change in changes:
+        with pytest.raises(ValueError, match=named):
+            linear_logprob(**arguments | change)

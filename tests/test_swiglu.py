@@ -1,4 +1,4 @@
-"""silu(gate) * up: the kernel under the interpreter, and the dispatch, against float64."""
+"""silu(gate) * up and its gradients against float64: by torch, and by the kernels under the interpreter."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_values_and_gradients(shape, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rounds_where_torch_does(backend):
-    """silu before the product, too: with a single rounding a quarter of the values were others."""
+    """silu is rounded before the product too: with a single rounding a quarter of the values would differ."""
     g = torch.Generator().manual_seed(0)
     gate, up, upstream = (torch.randn(40, 100, generator=g).half() for _ in range(3))
     out, _, grad_up = run(gate, up, upstream, torch.float16, backend)
@@ -44,7 +44,7 @@ def test_rounds_where_torch_does(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_halves_of_one_matrix(backend):
-    """As Phi-3 has them: rows are strided, and the gradient comes back in one piece."""
+    """As in Phi-3: rows are strided, and the gradient comes back in one piece."""
     both = torch.randn(2, 6, 2 * 40, generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(1))
 
@@ -62,7 +62,7 @@ def test_halves_of_one_matrix(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("joined", [False, True])
 def test_backward_in_place(backend, joined):
-    """Of gate and up apart, and of the halves of one matrix; against the gradients of `swiglu` itself."""
+    """For gate and up apart, and for the halves of one matrix: the gradients of `swiglu` itself."""
     g = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.float16):
         both, grad = (torch.randn(size, generator=g).to(dtype) for size in ((5, 2, 2 * 1100), (5, 2, 1100)))
@@ -77,7 +77,7 @@ def test_backward_in_place(backend, joined):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_in_place_is_seen_by_autograd(backend):
-    kept = torch.randn(3, 8, requires_grad=True).exp()  # whose result is what its gradient needs
+    kept = torch.randn(3, 8, requires_grad=True).exp()  # exp's gradient needs its result
     swiglu_backward_(kept.detach(), torch.ones(3, 8), torch.ones(3, 8), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
@@ -85,9 +85,9 @@ def test_backward_in_place_is_seen_by_autograd(backend):
 
 def test_refusals():
     x = torch.ones(2, 4)
-    with pytest.raises(ValueError, match=r"gate is torch.float32 \[2, 4\] .* up torch.float32 \[2, 3\].*alike"):
+    with pytest.raises(ValueError, match=r"gate is torch.float32 \[2, 4\], up torch.float32 \[2, 3\].*alike"):
         swiglu(x, x[:, :3])
-    with pytest.raises(ValueError, match="both must be alike"):
+    with pytest.raises(ValueError, match=r"up torch.float64 .*they must be alike"):
         swiglu(x, x.double())
     with pytest.raises(ValueError, match="backend 'cuda'"):
         swiglu(x, x, backend="cuda")

@@ -1,1 +1,2 @@
-"""Triton kernels, one operation a file, each with its torch reference and one dispatching function."""
+"""Triton kernels: one operation per file, each with its torch reference and one function that chooses between the
+two."""

@@ -5,22 +5,35 @@ For a row h and a head W, z_j = cap(h . W_j + bias_j) / temperature with cap(x) 
     logp    = z_t - logsumexp(z)                            d logp / d z_j = [j = t] - p_j
     entropy = logsumexp(z) - sum_j p_j z_j                  d entropy / d z_j = -p_j (log p_j + entropy)
 
-The logits are made in tiles of some rows by some vocabulary columns that fit the GPU's L2 cache: one matrix product
-by the vendor's library with fp32 output, then one row kernel (Triton on CUDA, torch elsewhere) that keeps a running
-maximum and running sums, as in flash attention, and overwrites the tile with what the next product needs. Inside, z
-is in bits (times log2 e): the GPU's exponential is 2^x.
+The forward pass (`_forward`):
 
-Which products are done (one product is 2 * tokens * hidden * vocab operations):
+    for each chunk of rows of hidden:             part [rows, hidden]
+        for each block of the vocabulary:         block [columns, hidden] of the head
+            logits = part @ block^T               a tile [rows, columns] in fp32, which stays in the L2 cache
+               |
+            row kernel: z = scaled, capped logits
+               |------>  state [4, rows]: maximum of z, sum of 2^(z - maximum), weighted sum, z of the target
+               v
+            powers = 2^(z - maximum) cap'(z)      in the memory of the tile, in the head's dtype
+               |
+            factor += powers @ block              [rows, hidden] in fp32, only for rows that need a gradient
+
+The matrix products are the vendor's library's, with fp32 output. The row kernel (Triton on CUDA, torch elsewhere)
+keeps a running maximum and running sums, as flash attention does, and brings factor to each new maximum. z is in bits
+(times log2 e), since the GPU's exponential is 2^x. The loops of the backward pass look alike, with dz in the place of
+the powers (`_hidden_gradient`, and for the head `_head_gradient` with its two loops swapped).
+
+Which products are computed (one product is 2 * tokens * hidden * vocab operations):
 
     no gradient     1   logits
-    default         2   logits; P @ W accumulated on line into the gradient factor d logp / d hidden, kept in fp32.
-                        The backward pass is then one scale per row.
-    low_memory      3   logits; in the backward pass logits again, then dz @ W. Nothing is kept but one number a row.
+    default         2   logits; powers @ W, accumulated into factor, from which d logp / d hidden follows. The backward
+                        pass is then one scale per row.
+    low_memory      3   logits; in the backward pass logits again, then dz @ W. Only a few numbers per row are kept.
                         The same with entropy_grad, where two upstream gradients meet.
     weight gradient 2   more, in the backward pass: logits again, then dz^T @ hidden
 
-The target's own column is left out of the sums and of P: logp = -softplus(logsumexp over the others - z_t) and
-1 - p_t = -expm1(logp) keep their relative precision where the target has nearly all the mass.
+The target's own column is left out of the sums and of the powers: logp = -softplus(logsumexp over the others - z_t) and
+1 - p_t = -expm1(logp) keep their relative precision where the target has nearly all the probability.
 """
 
 import math
@@ -38,7 +51,7 @@ from grpo_kernels.backend import triton_or_torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on macOS: the torch row steps serve
+except ImportError:  # no Triton on macOS: the row steps in torch are used
     triton = None
 
 LOG2E = math.log2(math.e)
@@ -60,28 +73,29 @@ def linear_logprob(
     """Log-probability of each target and entropy of each row's distribution, from hidden states.
 
     Args:
-        hidden: [tokens, hidden] bfloat16, float16, float32 (or float64: then everything is float64, in torch).
-        weight: [vocab, hidden], the head, dtype and device of hidden. Differentiable too, if it requires grad.
-        targets: [tokens] int64 in [0, vocab). On CUDA this is not checked (it would wait for the device).
-        temperature: divides the logits, after the softcap. Must be positive.
-        softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2). None: off.
-        bias: [vocab], added to the logits. Differentiable too, if it requires grad.
-        entropy_grad: make the entropy differentiable, for an entropy bonus (then as low_memory: a third product).
-        grad_rows: [tokens] bool, rows whose gradient is wanted; the others' is zero and their second product is
-            saved. For rows of zero advantage where nothing else (KL, entropy bonus) gives a gradient. None: all.
-        low_memory: keep nothing of [tokens, hidden] for the backward pass: the logits are made again there.
-        backend: None picks Triton row kernels on CUDA, torch elsewhere.
+        hidden: [tokens, hidden] bfloat16, float16, float32, or float64 (then everything is float64, in torch).
+        weight: [vocab, hidden], the head, in hidden's dtype. It gets a gradient if it requires one.
+        targets: [tokens] int64 in [0, vocab). On CUDA the range is not checked, since that would wait for the device.
+        temperature: positive number that divides the logits, after the softcap.
+        softcap: bound of the logits, which become softcap * tanh(logits / softcap) first (Gemma 2). None: no bound.
+        bias: [vocab], added to the logits. It gets a gradient if it requires one.
+        entropy_grad: make the entropy differentiable, for an entropy bonus. It costs a third product, as low_memory
+            does.
+        grad_rows: [tokens] bool, the rows that need a gradient; that of the others is zero, and their second product is
+            saved. Meant for rows of zero advantage, if no KL and no entropy bonus gives them one. None: all rows.
+        low_memory: keep no [tokens, hidden] factor for the backward pass, which computes the logits again instead.
+        backend: implementation of the row kernels; None picks Triton on CUDA and torch elsewhere.
 
     Returns:
         logps: [tokens] float32, nats.
         entropy: [tokens] float32, nats; detached unless entropy_grad.
 
     Raises:
-        ValueError: a shape, dtype, device or value does not fit; the message names it.
+        ValueError: a shape, dtype or value does not fit; the message names the argument.
     """
     _check(hidden, weight, targets, temperature, softcap, bias, grad_rows)
-    usable = triton is not None and hidden.dtype != torch.float64
-    backend = triton_or_torch(backend, hidden, usable, "needs Triton, not for float64")
+    supported = triton is not None and hidden.dtype != torch.float64
+    backend = triton_or_torch(backend, hidden, supported, "needs Triton, not for float64")
     options = _Options(LOG2E / temperature, softcap, backend == "triton", entropy_grad or low_memory, entropy_grad)
     return _LinearLogprob.apply(hidden, weight, bias, targets, grad_rows, options)
 
@@ -97,8 +111,7 @@ def linear_logprob_reference(
 ) -> tuple[Tensor, Tensor]:
     """The plain formula with all logits in memory, for tests: (logps, entropy), both differentiable.
 
-    Shapes and dtypes as in `linear_logprob`; arithmetic in float32, or in float64 for float64 inputs.
-    """
+    Shapes and dtypes are those of `linear_logprob`; the arithmetic is float32, or float64 for float64 inputs."""
     dtype = _accumulator_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -118,41 +131,40 @@ def _check(
     bias: Tensor | None,
     grad_rows: Tensor | None,
 ) -> None:
+    """Raise ValueError where an argument would give wrong values, or a kernel would read beyond a tensor."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, must be positive; for greedy sampling use temperature=1 here")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}, must be positive; None switches it off")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() != 2 or hidden.shape[1:] != weight.shape[1:] or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [tokens, hidden] and [vocab, hidden]"
+            f"hidden is {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}: they must be "
+            "[tokens, hidden] and [vocab, hidden] of one dtype"
         )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one, both must be one float dtype")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets is {targets.dtype} {list(targets.shape)}, must be int64 [{hidden.shape[0]}]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {list(bias.shape)}, must be [vocab] = [{weight.shape[0]}]")
-    if grad_rows is not None and (grad_rows.shape != hidden.shape[:1] or grad_rows.dtype != torch.bool):
-        raise ValueError(f"grad_rows is {grad_rows.dtype} {list(grad_rows.shape)}, must be bool [{hidden.shape[0]}]")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias), ("grad_rows", grad_rows)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: move one")
+    tokens, vocab = hidden.shape[:1], weight.shape[:1]
+    if targets.shape != tokens or targets.dtype != torch.int64:
+        raise ValueError(f"targets is {targets.dtype} {list(targets.shape)}, must be int64 {list(tokens)}")
+    if bias is not None and bias.shape != vocab:
+        raise ValueError(f"bias is {list(bias.shape)}, must be [vocab] = {list(vocab)}")
+    if grad_rows is not None and (grad_rows.shape != tokens or grad_rows.dtype != torch.bool):
+        raise ValueError(f"grad_rows is {grad_rows.dtype} {list(grad_rows.shape)}, must be bool {list(tokens)}")
     if targets.device.type == "cpu" and targets.numel() and not (targets.min() >= 0 and targets.max() < len(weight)):
         raise ValueError(f"targets holds ids outside [0, {len(weight)}): drop prompt and padding positions first")
 
 
 class _Options(NamedTuple):
-    scale: float  # z = scale * capped logits, in bits: log2(e) / temperature
+    scale: float  # log2(e) / temperature: z = scale * capped logits, in bits
     softcap: float | None
-    kernels: bool  # Triton row kernels rather than torch row steps
-    recompute: bool  # the logits again in the backward pass, rather than a gradient factor kept
+    kernels: bool  # whether the row steps are Triton kernels rather than torch operations
+    recompute: bool  # whether the backward pass computes the logits again, rather than keeping the factor
     entropy_grad: bool
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, grad_rows, options: _Options):
-        order, count = None, len(hidden)  # the first `count` rows of `order` (None: as they are) have a gradient
+        # order: indices of the rows, those with a gradient first (None: as they are); count: how many have one.
+        order, count = None, len(hidden)
         if not any(ctx.needs_input_grad[:3]):
             count = 0
         elif grad_rows is not None:
@@ -205,7 +217,8 @@ class _LinearLogprob(torch.autograd.Function):
                 part.addcmul_(weight[targets[rows]].to(part.dtype), target_scale[rows, None])
                 _put(grad_hidden, order, rows, part)
         if not ctx.keep or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            # Half precision cannot hold the gradient of a mean over many tokens: scale it, and back at the end.
+            # Half precision cannot hold the gradient of a mean over many tokens, so it is scaled here, and at the end
+            # back.
             largest = torch.maximum(grad_logps.abs().max(), grad_entropy.abs().max())
             largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
             back = largest * (options.scale / LOG2E / _half_range(weight))
@@ -235,20 +248,20 @@ def _forward(
     factor: Tensor,
     options: _Options,
 ) -> Tensor:
-    """[4, tokens] running sums of every row, in the order of `order`, at the end of the vocabulary:
+    """[4, tokens] running sums of each row, in the order of `order`, at the end of the vocabulary:
 
         maximum   of z
         total     sum over j != target of 2^(z_j - maximum)
         weighted  sum over j != target of 2^(z_j - maximum) (z_j - maximum)
         target    z of the target
 
-    The first len(factor) rows also fill their row of factor: sum over j != target of 2^(z_j - maximum) cap'_j W_j,
-    times _half_range."""
+    The first len(factor) rows also fill their row of factor: the sum over j != target of 2^(z_j - maximum) cap'_j W_j,
+    times `_half_range`."""
     tokens = len(hidden)
     height, width = _tile(tokens, "factor" if len(factor) else "sums")
     chunks = (*_slices(0, len(factor), height), *_slices(len(factor), tokens, height))
     state = torch.zeros(4, tokens, dtype=factor.dtype, device=hidden.device)
-    state[0] = -1e30  # finite: a tile of forbidden tokens only (-inf) minus it is no nan
+    state[0] = -1e30  # finite: for a tile that holds only forbidden tokens (-inf), -inf minus -inf would be NaN
     state[3] = -torch.inf
     step = _softmax_step_triton if options.kernels else _softmax_step_torch
     blocks = _blocks(weight, width)
@@ -261,9 +274,9 @@ def _forward(
             accumulator = factor[rows] if rows.start < len(factor) else None
             tiles = _Tiles(buffer, len(part), weight)
             for start, block, block_transposed in blocks:
-                logits, narrow = tiles[len(block)]
+                logits, operand = tiles[len(block)]
                 _matmul(part, block_transposed, logits)
-                powers = step(logits, narrow, bias, part_targets, start, part_state, accumulator, options)
+                powers = step(logits, operand, bias, part_targets, start, part_state, accumulator, options)
                 if accumulator is not None:
                     _matmul(powers, block, accumulator, accumulate=start > 0)
     for stream in streams[1:]:
@@ -282,7 +295,9 @@ def _hidden_gradient(
     back: Tensor,
     options: _Options,
 ) -> None:
-    """grad_hidden = back * dz @ weight; row chunks outside, so that one fp32 chunk of it is all that it takes."""
+    """grad_hidden = back * dz @ weight. The outer loop is over chunks of rows, so that only one chunk of it is in fp32.
+
+    data: [5, tokens], what the row step needs, see `_gradient_step_kernel`. back: factor that undoes dz's scaling."""
     height, width = _tile(len(targets), "gradient")
     buffer = hidden.new_empty(height, width, dtype=back.dtype)
     chunk = hidden.new_empty(height, hidden.shape[1], dtype=back.dtype)
@@ -293,9 +308,9 @@ def _hidden_gradient(
         accumulator = chunk[: len(part)]
         tiles = _Tiles(buffer, len(part), weight)
         for start, block, block_transposed in blocks:
-            logits, narrow = tiles[len(block)]
+            logits, operand = tiles[len(block)]
             _matmul(part, block_transposed, logits)
-            dz = step(logits, narrow, bias, part_targets, start, part_data, options)
+            dz = step(logits, operand, bias, part_targets, start, part_data, options)
             _matmul(dz, block, accumulator, accumulate=start > 0)
         _put(grad_hidden, order, rows, accumulator.mul_(back))
 
@@ -309,7 +324,8 @@ def _head_gradient(
     back: Tensor,
     options: _Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """back * dz^T @ hidden and dz's column sums; vocabulary outside, so that one fp32 block of them is all it takes."""
+    """back * dz^T @ hidden and, for the bias, dz's column sums. The outer loop is over the vocabulary, so that only one
+    block of them is in fp32."""
     height, width = _tile(len(targets), "gradient")
     buffer = hidden.new_empty(height, width, dtype=back.dtype)
     block_gradient = hidden.new_empty(width, hidden.shape[1], dtype=back.dtype)
@@ -321,9 +337,9 @@ def _head_gradient(
         bias_accumulator = accumulator.new_zeros(len(block))
         for rows in _slices(0, len(hidden), height):
             part = hidden[rows]
-            logits, narrow = _Tiles(buffer, len(part), weight)[len(block)]
+            logits, operand = _Tiles(buffer, len(part), weight)[len(block)]
             _matmul(part, block_transposed, logits)
-            dz = step(logits, narrow, bias, targets[rows], start, data[:, rows], options)
+            dz = step(logits, operand, bias, targets[rows], start, data[:, rows], options)
             _matmul(dz.T, part, accumulator, accumulate=rows.start > 0)
             if grad_bias is not None:
                 bias_accumulator += dz.sum(0, dtype=back.dtype)
@@ -334,18 +350,24 @@ def _head_gradient(
 
 
 def _tile(tokens: int, use: Literal["sums", "factor", "gradient"]) -> tuple[int, int]:
-    """Rows and vocabulary columns of a tile of logits: 32 MiB of fp32, which stay in an H100's L2 cache (50 MB) between
-    the product that writes them and the kernel that reads them. The product of the powers with the head block likes
-    many columns (each reads and writes the accumulator); the first product alone likes many rows (each reads the head).
-    For the gradient in the backward pass 16 MiB, as a chunk of fp32 accumulators [rows, hidden] comes on top."""
+    """Rows and vocabulary columns of a tile of logits.
+
+    A tile takes 32 MiB of fp32, which stay in an H100's L2 cache (50 MB) between the product that writes them and the
+    row kernel that reads them; 16 MiB in the backward pass, where a chunk of fp32 accumulators [rows, hidden] comes on
+    top. The product of the powers with a block of the head wants many columns, since each such product reads and writes
+    the accumulator; where there is only the first product, many rows are better, since each chunk reads the whole
+    head."""
     most, area = {"sums": (4096, 2**23), "factor": (1024, 2**23), "gradient": (1024, 2**22)}[use]
     height = max(1, min(tokens, most))
     return height, min(16384, 1 << (area // height).bit_length() - 1)
 
 
 def _streams(x: Tensor, chunks: int) -> list[Any]:
-    """Where chunks of rows run, in turn: on CUDA on two streams, so that one's row kernels and the ends of its products
-    (when few multiprocessors are still at work) go under the other's products. The second stream starts here."""
+    """Streams on which the chunks of rows run, in turn; None is the current stream.
+
+    On CUDA there are two: the row kernels of one chunk, and the ends of its products, when few multiprocessors are
+        still
+    at work, overlap with the products of the other. The second stream starts here."""
     if not x.is_cuda or chunks < 2:
         return [None]
     side = _side_stream(x.device)
@@ -355,13 +377,15 @@ def _streams(x: Tensor, chunks: int) -> list[Any]:
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    """One for good: cuBLAS keeps a workspace for each stream that it has seen."""
+    """One stream for the whole process, since cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 class _Tiles:
-    """Views of one buffer as a tile of logits [rows, width], and as one of the head's dtype in the same memory: of
-    each row of fp32, bf16 takes the first half. Made once per width, as a view costs as much as a kernel launch."""
+    """Two views of one buffer: the logits [rows, width] in fp32, and in the same memory the operand of the product that
+    follows, [rows, width] in the head's dtype; of each fp32 row, a bf16 row takes the first half.
+
+    The views are made once per width, as a view takes the host as long as a kernel launch."""
 
     def __init__(self, buffer: Tensor, rows: int, weight: Tensor):
         self.buffer, self.rows, self.dtype = buffer, rows, weight.dtype
@@ -375,7 +399,7 @@ class _Tiles:
 
 
 def _blocks(weight: Tensor, width: int) -> list[tuple[int, Tensor, Tensor]]:
-    """First column, head block [columns, hidden] and its transpose, for each vocabulary block."""
+    """For each block of the vocabulary: its first column, its part of the head [columns, hidden], and the transpose."""
     return [(i * width, block, block.T) for i, block in enumerate(weight.split(width))]
 
 
@@ -399,12 +423,12 @@ def _accumulator_dtype(x: Tensor) -> torch.dtype:
 
 
 def _half_range(x: Tensor) -> float:
-    """Factor that lifts probabilities into float16's range (smallest normal number 6e-5)."""
+    """Factor that lifts probabilities into float16's range, whose smallest normal number is 6e-5."""
     return 4096.0 if x.dtype == torch.float16 else 1.0
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, in out's precision whatever the operands' dtype."""
+    """out = a @ b, or out += a @ b, summed in out's dtype, which may be wider than the operands'."""
     if out.is_cuda and b.dtype != out.dtype:
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -412,11 +436,11 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(accumulate), out=out)
 
 
-# Row steps in torch. They overwrite the tile `logits` and return it, or a copy in the dtype of `narrow` on CUDA.
+# The row steps in torch. They overwrite the tile `logits` and return it; on CUDA they return a copy in operand's dtype.
 
 
 def _scale_torch(logits: Tensor, bias: Tensor | None, start: int, options: _Options) -> tuple[Tensor, Tensor | None]:
-    """z, and the softcap's derivative where there is one."""
+    """z, and the derivative of the softcap (None without one)."""
     if bias is not None:
         logits += bias[start : start + logits.shape[1]]
     slope = None
@@ -428,20 +452,21 @@ def _scale_torch(logits: Tensor, bias: Tensor | None, start: int, options: _Opti
 
 
 def _at_target(values: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether each row's target lies in the tile, its column (0 where not), and the value there."""
+    """For each row: whether its target lies in the tile, the target's column (0 outside), and the value there."""
     inside = (targets >= start) & (targets < start + values.shape[1])
     column = torch.where(inside, targets - start, 0)[:, None]
     return inside, column, values.gather(1, column).squeeze(1)
 
 
-def _finish_torch(values: Tensor, slope: Tensor | None, narrow: Tensor) -> Tensor:
-    values = values.mul_(_half_range(narrow)) if slope is None else values.mul_(slope).mul_(_half_range(narrow))
-    return values.to(narrow.dtype) if values.is_cuda else values
+def _finish_torch(values: Tensor, slope: Tensor | None, operand: Tensor) -> Tensor:
+    """values as the operand of the next product: times the softcap's derivative and `_half_range`."""
+    values = values.mul_(_half_range(operand)) if slope is None else values.mul_(slope).mul_(_half_range(operand))
+    return values.to(operand.dtype) if values.is_cuda else values
 
 
 def _softmax_step_torch(
     logits: Tensor,
-    narrow: Tensor,
+    operand: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     start: int,
@@ -449,7 +474,7 @@ def _softmax_step_torch(
     accumulator: Tensor | None,
     options: _Options,
 ) -> Tensor:
-    """Fold a tile of raw logits into `state` in place; returns its powers. See the Triton kernel."""
+    """Add a tile of raw logits to `state`, in place, and return its powers. See `_softmax_step_kernel`."""
     z, slope = _scale_torch(logits, bias, start, options)
     old, total, weighted, target = state
     inside, column, at_target = _at_target(z, targets, start)
@@ -458,20 +483,20 @@ def _softmax_step_torch(
     decay = torch.exp2(old - maximum)
     if accumulator is not None and start > 0:
         accumulator.mul_(decay[:, None])
-    shifted = z.sub_(maximum[:, None]).clamp_(min=-1e4)  # 0 * -inf would be nan
+    shifted = z.sub_(maximum[:, None]).clamp_(min=-1e4)  # finite, since 0 * -inf would be NaN
     powers = shifted.exp2()
     powers.scatter_(1, column, torch.where(inside, 0, powers.gather(1, column).squeeze(1))[:, None])
     fallen = decay * (weighted + total * (old - maximum).clamp(min=-1e4))
     weighted.copy_(fallen + shifted.mul_(powers).sum(1))
     total.mul_(decay).add_(powers.sum(1))
     old.copy_(maximum)
-    return _finish_torch(powers, slope, narrow)
+    return _finish_torch(powers, slope, operand)
 
 
 def _gradient_step_torch(
-    logits: Tensor, narrow: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
+    logits: Tensor, operand: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
 ) -> Tensor:
-    """Turn a tile of raw logits into their gradient. See the Triton kernel."""
+    """Turn a tile of raw logits into their gradient. See `_gradient_step_kernel`."""
     z, slope = _scale_torch(logits, bias, start, options)
     lse, target_rest, entropy, grad_logps, grad_entropy = data[:, :, None]
     logp = z.sub_(lse).clamp_(min=-1e4)
@@ -482,15 +507,15 @@ def _gradient_step_torch(
     at_target = (grad_logps * target_rest).squeeze(1) - at_target
     dz = from_entropy.add_(p.mul_(grad_logps)).neg_()
     dz.scatter_(1, column, torch.where(inside, at_target, dz.gather(1, column).squeeze(1))[:, None])
-    return _finish_torch(dz, slope, narrow)
+    return _finish_torch(dz, slope, operand)
 
 
-# Row kernels in Triton: one program a row, the whole width of the tile in registers.
+# The row steps in Triton: one program per row, with the whole width of the tile in registers.
 
 
 def _softmax_step_triton(
     logits: Tensor,
-    narrow: Tensor,
+    operand: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     start: int,
@@ -507,35 +532,36 @@ def _softmax_step_triton(
             BLOCK=block,
             num_warps=warps,
         )
-        return narrow
+        return operand
     _softmax_step_kernel[(rows,)](
-        *(logits, narrow, bias, targets, state, accumulator),
-        *(logits.stride(0), narrow.stride(0), state.stride(0), accumulator.shape[1]),
-        *(start, width, options.scale, _half_range(narrow)),
+        *(logits, operand, bias, targets, state, accumulator),
+        *(logits.stride(0), operand.stride(0), state.stride(0), accumulator.shape[1]),
+        *(start, width, options.scale, _half_range(operand)),
         SOFTCAP=options.softcap,
         BLOCK=block,
         num_warps=warps,
     )
-    return narrow
+    return operand
 
 
 def _gradient_step_triton(
-    logits: Tensor, narrow: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
+    logits: Tensor, operand: Tensor, bias: Tensor | None, targets: Tensor, start: int, data: Tensor, options: _Options
 ) -> Tensor:
     rows, width = logits.shape
     block, warps = _launch_shape(logits)
     _gradient_step_kernel[(rows,)](
-        *(logits, narrow, bias, targets, data, logits.stride(0), narrow.stride(0), data.stride(0)),
-        *(start, width, options.scale, _half_range(narrow)),
+        *(logits, operand, bias, targets, data, logits.stride(0), operand.stride(0), data.stride(0)),
+        *(start, width, options.scale, _half_range(operand)),
         SOFTCAP=options.softcap,
         BLOCK=block,
         num_warps=warps,
     )
-    return narrow
+    return operand
 
 
 def _launch_shape(logits: Tensor) -> tuple[int, int]:
-    """Block and warps for the whole tile's width, so that the ragged last tile runs the same compiled kernel."""
+    """Columns and warps per program, for the width of a whole tile: the narrower last one runs the same compiled
+    kernel."""
     block = max(128, triton.next_power_of_2(logits.stride(0)))
     return block, max(4, min(16, block // 512))
 
@@ -544,7 +570,7 @@ if triton is not None:
 
     @triton.jit
     def _scale(raw, bias_ptr, columns, valid, scale, SOFTCAP: tl.constexpr):
-        """z of raw logits, and the softcap's derivative (1 where there is none)."""
+        """z of raw logits, and the derivative of the softcap (1 without one)."""
         if bias_ptr is not None:
             raw += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
         slope = 1.0
@@ -556,7 +582,7 @@ if triton is not None:
 
     @triton.jit
     def _load_row(logits_ptr, columns, valid, target_ptr, start, width):
-        """A row of raw logits; the target's column in the tile, whether it is inside, and its raw logit."""
+        """A row of raw logits; the target's column in the tile, whether the target lies inside, and its raw logit."""
         raw = tl.load(logits_ptr + columns, mask=valid, other=-float("inf"))
         target = tl.load(target_ptr).to(tl.int32) - start
         inside = (target >= 0) & (target < width)
@@ -568,18 +594,17 @@ if triton is not None:
 
     @triton.jit
     def _softmax_step_kernel(
-        logits_ptr, narrow_ptr, bias_ptr, targets_ptr, state_ptr, accumulator_ptr,
-        logits_stride, narrow_stride, state_stride, hidden_size, start, width, scale, half_range,
+        logits_ptr, operand_ptr, bias_ptr, targets_ptr, state_ptr, accumulator_ptr,
+        logits_stride, operand_stride, state_stride, hidden_size, start, width, scale, half_range,
         SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Fold one row of a tile into its running sums, with m the new maximum and decay = 2^(m_old - m):
+        """Add one row of a tile to its running sums, with m the new maximum and decay = 2^(m_old - m):
 
             total    = decay total + sum_j 2^(z_j - m)
             weighted = decay (weighted + total_old (m_old - m)) + sum_j 2^(z_j - m) (z_j - m)      j != target
 
-        Leave 2^(z_j - m) cap'_j in the tile (0 for the target), and bring the row of the accumulator, which sums such
-        powers times W_j, from the old maximum to the new one.
-        """
+        The row of the tile becomes the powers 2^(z_j - m) cap'_j (0 for the target), and the row of the accumulator,
+        which sums such powers times W_j, is brought from the old maximum to the new one."""
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
@@ -592,7 +617,7 @@ if triton is not None:
         z, slope = _scale(raw, bias_ptr, start + columns, valid, scale, SOFTCAP)
         z = tl.where(valid, z, -float("inf")) if SOFTCAP is not None else z  # tanh(-inf) is finite
         maximum = tl.maximum(old, tl.max(z, 0))
-        shifted = tl.maximum(z - maximum, -1e4)  # 0 * -inf would be nan
+        shifted = tl.maximum(z - maximum, -1e4)  # finite, since 0 * -inf would be NaN
         powers = tl.where(columns == target, 0.0, tl.exp2(shifted))
         rise = tl.maximum(old - maximum, -1e4)
         decay = tl.exp2(rise)
@@ -602,10 +627,10 @@ if triton is not None:
         if inside:
             z_target, _ = _scale(raw_target, bias_ptr, start + target, inside, scale, SOFTCAP)
             tl.store(state + 3 * state_stride, z_target)
-        powers = (powers * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
-        tl.debug_barrier()  # all of the row is read before its first half is overwritten
-        tl.store(narrow_ptr + row * narrow_stride + columns, powers, mask=valid)
-        if (decay < 1) & (start > 0):  # the first tile's product overwrites the accumulator
+        powers = (powers * (slope * half_range)).to(operand_ptr.dtype.element_ty)
+        tl.debug_barrier()  # the whole row must be read before its first half is overwritten
+        tl.store(operand_ptr + row * operand_stride + columns, powers, mask=valid)
+        if (decay < 1) & (start > 0):  # the product of the first tile overwrites the accumulator
             for first in range(0, hidden_size, BLOCK):
                 pointers = accumulator_ptr + row * hidden_size + first + columns
                 within = first + columns < hidden_size
@@ -617,8 +642,9 @@ if triton is not None:
 
     @triton.jit
     def _sums(z, shift, columns, target):
-        """Maximum of z, and sums of 2^(z - shift) and of that times z - shift without the target, in one reduction."""
-        shifted = tl.maximum(z - shift, -1e4)  # 0 * -inf would be nan
+        """Maximum of z and, without the target, sums of 2^(z - shift) and of 2^(z - shift) (z - shift): one
+        reduction."""
+        shifted = tl.maximum(z - shift, -1e4)  # finite, since 0 * -inf would be NaN
         powers = tl.where(columns == target, 0.0, tl.exp2(shifted))
         return tl.reduce((z, powers, powers * shifted), 0, _fold)
 
@@ -627,11 +653,11 @@ if triton is not None:
         logits_ptr, bias_ptr, targets_ptr, state_ptr, logits_stride, state_stride, start, width, scale,
         SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """`_softmax_step_kernel` for rows without gradient: it does not wait for the tile's maximum before the sums.
+        """`_softmax_step_kernel` for rows without gradient, which does not wait for the tile's maximum before it sums.
 
-        They are relative to the state's `maximum` of the tiles before, which here may lie up to 8 bits below the true
-        one. Only where a tile rises further (most rows: never; a confident one: at its target) is the row done again.
-        """
+        The sums are relative to the state's `maximum`, that of the tiles before, which may lie up to 8 bits below the
+        true one. Only where a tile rises further is its row summed again: in most rows never, in a confident one at the
+        tile of its target."""
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
@@ -661,11 +687,13 @@ if triton is not None:
 
     @triton.jit
     def _gradient_step_kernel(
-        logits_ptr, narrow_ptr, bias_ptr, targets_ptr, data_ptr,
-        logits_stride, narrow_stride, data_stride, start, width, scale, half_range,
+        logits_ptr, operand_ptr, bias_ptr, targets_ptr, data_ptr,
+        logits_stride, operand_stride, data_stride, start, width, scale, half_range,
         SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Overwrite one row of a tile by dz_j = cap'_j (g_logp ([j = t] - p_j) - g_entropy p_j (log p_j + entropy))."""
+        """Overwrite one row of a tile with dz_j = cap'_j (g_logp ([j = t] - p_j) - g_entropy p_j (log p_j + entropy)).
+
+        data: [5, rows]: logsumexp in bits, 1 - p of the target, entropy in bits, gradients of logp and of entropy."""
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         valid = columns < width
@@ -682,6 +710,6 @@ if triton is not None:
         logp = tl.maximum(z - lse, -1e4)
         p = tl.exp2(logp)
         dz = grad_logp * tl.where(columns == target, target_rest, -p) - p * (grad_entropy * (logp + entropy))
-        dz = (dz * (slope * half_range)).to(narrow_ptr.dtype.element_ty)
-        tl.debug_barrier()  # all of the row is read before its first half is overwritten
-        tl.store(narrow_ptr + row * narrow_stride + columns, dz, mask=valid)
+        dz = (dz * (slope * half_range)).to(operand_ptr.dtype.element_ty)
+        tl.debug_barrier()  # the whole row must be read before its first half is overwritten
+        tl.store(operand_ptr + row * operand_stride + columns, dz, mask=valid)

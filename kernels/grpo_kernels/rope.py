@@ -1,11 +1,13 @@
-"""The rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864) of queries and keys, and its gradient, in
-one launch each."""
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864) of queries and keys: one kernel launch for
+both, and one for their gradients."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from grpo_kernels.backend import triton_or_torch
 
 try:
     import triton
@@ -14,30 +16,30 @@ except ImportError:  # no Triton on macOS
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""of the kernel, which computes in float32"""
+"""dtypes that the kernel takes; it computes in float32"""
+PAIRS = 2048
+"""pairs of elements per program"""
 
 
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Literal["triton", "torch"] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotate the pairs (x_i, x_{i + rotary / 2}) of each head by its token's angles; transformers takes ten passes, and
-    twenty backward.
+    """Rotate the pairs (x_i, x_{i + rotary / 2}) of each head of q and k by the angles of their token.
 
-    Values and gradients are rounded once, after the sum, as by the kernel of vLLM 0.26, so that sampler and trainer
-    agree; transformers' `apply_rotary_pos_emb` rounds each product as well.
+    Transformers' `apply_rotary_pos_emb` takes ten passes over memory, and twenty in the backward pass. It also rounds
+    each product; here values and gradients are rounded once, after the sum, as in vLLM 0.26, so that the sampler and
+    the trainer compute the same policy.
 
-    q, k: [batch, time, heads, dim], heads may differ; any strides if the last is 1, else they are copied. So views of
-        projections will do, and slices of one projection of q, k and v.
-    cos, sin: [batch or 1, time, rotary], two equal halves as transformers makes them (the kernel reads the first), in
-        q's dtype. Elements from rotary on pass unchanged (partial rotary embedding). No gradient goes to them.
-    backend: None picks Triton on CUDA (not ROCm; 16 and 32 bits), torch elsewhere.
-    Returns both in their shapes, contiguous; differentiable, once. Raises ValueError, naming what does not fit."""
+    q, k: [batch, time, heads, dim]; the numbers of heads may differ. They may have any strides (views of projections,
+        and slices of one merged qkv projection), but are copied where the last stride is not 1.
+    cos, sin: [batch or 1, time, rotary], two equal halves as transformers makes them (the kernel reads the first
+        half), in q's dtype. Elements from rotary on pass unchanged (partial rotary embedding). They get no gradient.
+    backend: None picks Triton on CUDA (not on ROCm, and only for 16 and 32 bits) and torch elsewhere.
+    Returns both in their shapes, contiguous; differentiable once. Raises ValueError, naming the argument that does not
+    fit."""
     _check(q, k, cos, sin)
-    if backend is None:
-        usable = triton is not None and q.is_cuda and torch.version.hip is None and q.dtype in DTYPES
-        backend = "triton" if usable else "torch"
-    elif backend not in ("triton", "torch") or (backend == "triton" and (triton is None or q.dtype not in DTYPES)):
-        raise ValueError(f"backend {backend!r} of {q.dtype}: choose 'triton' (16 or 32 bits), 'torch' or None")
+    supported = triton is not None and not torch.version.hip and q.dtype in DTYPES
+    backend = triton_or_torch(backend, q, supported, "needs Triton on CUDA, and 16 or 32 bits")
     if backend == "torch":
         return rope_reference(q, k, cos, sin)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
@@ -47,13 +49,13 @@ def rope(
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by transformers' operations, in float32 at least."""
+    """The same in plain torch, in float32 or, for float64 inputs, in float64."""
     rotary = cos.shape[-1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = cos.unsqueeze(2).to(wide), sin.unsqueeze(2).to(wide)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
 
     def rotate(x: Tensor) -> Tensor:
-        turning, rest = x[..., :rotary].to(wide), x[..., rotary:]
+        turning, rest = x[..., :rotary].to(dtype), x[..., rotary:]
         first, second = turning.chunk(2, -1)
         turned = (turning * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
         return (torch.cat((turned, rest), -1) if rest.shape[-1] else turned).contiguous()
@@ -62,55 +64,49 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    shape = q.shape
-    if len(shape) != 4 or k.dim() != 4 or k.shape[:2] != shape[:2] or k.shape[3] != shape[3]:
+    """Raise ValueError where the kernel would read beyond a tensor or misread it."""
+    if q.dim() != 4 or k.dim() != 4 or (k.shape[:2], k.shape[3]) != (q.shape[:2], q.shape[3]):
         raise ValueError(
-            f"q is {list(shape)}, k {list(k.shape)}: both must be [batch, time, heads, dim], alike but for heads"
+            f"q is {list(q.shape)}, k {list(k.shape)}: both must be [batch, time, heads, dim], and differ in heads only"
         )
-    table = cos.shape
-    if len(table) != 3 or sin.shape != table or table[0] not in (1, shape[0]) or table[1] != shape[1]:
+    batch, time, _, dim = q.shape
+    rotary = cos.shape[-1]
+    shapes = ((1, time, rotary), (batch, time, rotary))
+    if cos.shape not in shapes or sin.shape != cos.shape or rotary % 2 or not 2 <= rotary <= dim:
         raise ValueError(
-            f"cos is {list(table)}, sin {list(sin.shape)}: both must be [{shape[0]} or 1, {shape[1]}, rotary], by q's "
-            f"{list(shape)} of [batch, time, heads, dim]"
+            f"cos is {list(cos.shape)}, sin {list(sin.shape)}: both must be [{batch} or 1, {time}, rotary], with "
+            f"an even rotary from 2 to q's dim, {dim}"
         )
-    if not 2 <= table[2] <= shape[3] or table[2] % 2:
-        raise ValueError(f"cos has {table[2]} angles a token: must be even, and from 2 to q's dim, {shape[3]}")
-    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}: must be alike; convert it with .to(q)"
-            )
+    if any(x.dtype != q.dtype for x in (k, cos, sin)):
+        raise ValueError(f"k is {k.dtype}, cos {cos.dtype}, sin {sin.dtype}: they must be {q.dtype}, as q is (.to(q))")
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        # Not as saved tensors: all layers share these, and hooks on those would offload or recompute them once a layer.
+        # Not `save_for_backward`: all layers share these tensors, and hooks on saved tensors (offloading, say) would
+        # copy them once per layer.
         ctx.tables = cos, sin
         q, k = _rotate((q, k), cos, sin, backward=False)
         return q, k
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        asked = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
-        turned = iter(_rotate([grad for grad in asked if grad is not None], *ctx.tables, backward=True))
-        return *(None if grad is None else next(turned) for grad in asked), None, None
-
-
-PAIRS = 2048
-"""of elements a program"""
+        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad)]
+        rotated = iter(_rotate([grad for grad in needed if grad is not None], *ctx.tables, backward=True))
+        return *(None if grad is None else next(rotated) for grad in needed), None, None
 
 
 def _rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool) -> list[Tensor]:
-    """q and k, or one of them."""
+    """Rotate q and k, or one of them, or their gradients (`backward`)."""
     xs = [x if x.stride(3) == 1 else x.contiguous() for x in xs]
     out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
     if not xs or not out[0].numel():
         return out
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    q, k = xs[0], xs[-1]  # of one alone, programs for q are all there are
+    q, k = xs[0], xs[-1]  # one tensor alone is q to the kernel, which then has no program for k
     batch, time, heads, dim = q.shape
     half = cos.shape[2] // 2
     half_tile = _power_of_2(half)
@@ -127,7 +123,7 @@ def _rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool) -
 
 
 def _power_of_2(x: int) -> int:
-    """Not below x; 0 of 0."""
+    """Smallest power of two that is not below x; 0 for 0."""
     return 1 << (x - 1).bit_length() if x else 0
 
 
@@ -140,7 +136,7 @@ if triton is not None:
         Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr,
         REST_TILE: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
     ):  # fmt: skip
-        """The first programs take q, the others k, each ROWS rows: tokens' heads in order."""
+        """The first programs rotate q, the others k: each ROWS rows, which are the heads of one token after another."""
         program = tl.program_id(0)
         if program < q_programs:
             _rotate_rows(
@@ -162,8 +158,9 @@ if triton is not None:
         HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr,
         REST_TILE: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
     ):  # fmt: skip
-        """first' = first cos - second sin, second' = second cos + first sin. The gradient's map is the transpose: with
-        -sin, the two halves of cos and of sin being equal."""
+        """first' = first cos - second sin, second' = second cos + first sin.
+
+        The gradient's map is the transpose: as the two halves of cos and of sin are equal, the same with -sin."""
         row = block * ROWS + tl.arange(0, ROWS)
         token = row // HEADS
         inside = (token < tokens)[:, None]

@@ -1,4 +1,4 @@
-"""silu(gate) * up of a gated MLP (SwiGLU, https://arxiv.org/abs/2002.05202), and its gradient, in one pass each."""
+"""silu(gate) * up of a gated MLP (SwiGLU, https://arxiv.org/abs/2002.05202) and its gradients, in one pass each."""
 
 from typing import Any, Literal
 
@@ -16,19 +16,16 @@ except ImportError:  # no Triton on macOS
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: Literal["triton", "torch"] | None = None) -> Tensor:
-    """silu(gate) * up; in torch silu and product write memory apart, and their gradients three times.
+    """silu(gate) * up, contiguous, in the shape and dtype of gate; differentiable.
 
-    silu is rounded to the dtype before the product, as torch's operations and vLLM's kernels do: with one rounding less
-    a trainer would be more exact, and further from its sampler's policy.
+    Torch passes over memory twice forward (silu, product) and six times backward. silu is rounded to the dtype before
+    the product, as torch's operations and vLLM's kernels round it: with one rounding less the trainer would be more
+    exact, but further from the policy that its sampler computes.
 
-    gate, up: [..., columns], one shape, floating dtype and device; views such as the halves of one matrix will do.
-    backend: None picks Triton on CUDA, torch elsewhere. Returns the same shape and dtype, contiguous; differentiable.
-    Raises ValueError, naming what does not fit."""
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
-        raise ValueError(
-            f"gate is {gate.dtype} {list(gate.shape)} on {gate.device}, up {up.dtype} {list(up.shape)} on {up.device}: "
-            "both must be alike"
-        )
+    gate, up: [..., columns] of one shape and floating dtype; they may be views, such as the halves of one matrix.
+    backend: None picks Triton on CUDA and torch elsewhere. Raises ValueError where gate and up differ."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up {up.dtype} {list(up.shape)}: they must be alike")
     if triton_or_torch(backend, gate, triton is not None) == "torch":
         return swiglu_reference(gate, up)
     columns = gate.shape[-1]
@@ -36,35 +33,37 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Literal["triton", "torch"] | No
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The same by two operations of torch."""
+    """The same in plain torch."""
     return F.silu(gate) * up
 
 
 def swiglu_backward_(
     gate: Tensor, up: Tensor, grad: Tensor, *, backend: Literal["triton", "torch"] | None = None
 ) -> None:
-    """In place, in one pass: gate and up become their gradients, and grad, of `swiglu`'s result, that result.
+    """The backward pass of `swiglu` in place: gate and up become their gradients, and grad becomes swiglu's result.
 
-    For a backward pass that kept gate and up alone: it needs the result again, for the gradients of the product after
-    it, and no room beside the three. Autograd sees the change, and refuses to use a kept gate or up a second time.
+    This serves a backward pass that kept only gate and up: the gradients of the matrix product after swiglu need its
+    result again, and here it takes no memory beyond the three tensors. The change counts as an in-place operation, so
+    autograd refuses to use a saved gate or up afterwards.
 
-    gate, up: as for `swiglu`. grad: of their shape, dtype and device, contiguous. backend: as for `swiglu`."""
+    gate, up: as for `swiglu`. grad: gradient of swiglu's result, contiguous, of their shape and dtype.
+    backend: as for `swiglu`. Raises ValueError where the three do not fit."""
     if gate.shape != up.shape or gate.shape != grad.shape or not grad.is_contiguous():
         raise ValueError(
-            f"gate is {list(gate.shape)}, up {list(up.shape)}, grad {list(grad.shape)} of strides {grad.stride()}: "
+            f"gate is {list(gate.shape)}, up {list(up.shape)}, grad {list(grad.shape)} with strides {grad.stride()}: "
             "they must be of one shape, and grad contiguous"
         )
     if triton_or_torch(backend, gate, triton is not None) == "torch":
         leaves = [x.detach().requires_grad_() for x in (gate, up)]
         with torch.enable_grad():
             out = swiglu_reference(*leaves)
-        of_gate, of_up = torch.autograd.grad(out, leaves, grad)
-        gate.copy_(of_gate), up.copy_(of_up), grad.copy_(out.detach())
+        grad_gate, grad_up = torch.autograd.grad(out, leaves, grad)
+        gate.copy_(grad_gate), up.copy_(grad_up), grad.copy_(out.detach())
         return
     columns = gate.shape[-1]
-    gates, ups, grads = (x.view(-1, columns) for x in (gate, up, grad))  # a copy would not do
+    gates, ups, grads = (x.view(-1, columns) for x in (gate, up, grad))  # views: a copy would not be in place
     if gates.stride(1) != 1 or ups.stride(1) != 1:
-        raise ValueError(f"gate and up have strides {gate.stride()} and {up.stride()}: the last of them must be 1")
+        raise ValueError(f"gate and up have strides {gate.stride()} and {up.stride()}: their last stride must be 1")
     _backward(grads, gates, ups, gates, ups, grads)
     torch.autograd.graph.increment_version((gate, up, grad))
 
@@ -91,9 +90,11 @@ class _SwiGLU(torch.autograd.Function):
 
 
 BLOCK = 1024
+"""columns per program"""
 
 
 def _rows(x: Tensor) -> Tensor:
+    """x [rows, columns] with contiguous rows."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -102,7 +103,9 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, out: Tensor | None) -> None:
-    """Each [rows, columns], in rows of unit stride. out: grad itself, or None for no result."""
+    """Launch the backward kernel; all tensors are [rows, columns] with contiguous rows.
+
+    out: where swiglu's result is written, which may be grad itself; None writes none."""
     if grad.numel():
         _backward_kernel[_grid(grad)](
             grad, gate, up, grad_gate, grad_up, out, grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0),
@@ -114,9 +117,9 @@ if triton is not None:
 
     @triton.jit
     def gate_times_up(gate, up):
-        """silu(gate) * up in their dtype, to which silu is rounded first."""
-        wide = gate.to(tl.float32)
-        silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+        """silu(gate) * up in their dtype; silu is rounded to it before the product."""
+        gate32 = gate.to(tl.float32)
+        silu = (gate32 * tl.sigmoid(gate32)).to(gate.dtype).to(tl.float32)
         return (silu * up.to(tl.float32)).to(gate.dtype)
 
     @triton.jit
@@ -133,8 +136,11 @@ if triton is not None:
         grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, out_ptr, grad_stride, gate_stride, up_stride,
         grad_gate_stride, grad_up_stride, columns, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """With s = sigmoid(gate): d up = grad gate s, d gate = grad up (s + gate s (1 - s)). With out_ptr the result
-        too, in the place of grad. Each value is read before its place is written."""
+        """With s = sigmoid(gate): d up = grad gate s, d gate = grad up (s + gate s (1 - s)).
+
+        out_ptr: where silu(gate) * up is written, or None; it may be grad_ptr, as the gradients may replace gate and
+            up:
+        a program reads each value before it writes to its place."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns

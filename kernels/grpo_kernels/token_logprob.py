@@ -1,4 +1,6 @@
-"""log softmax of a row of logits at one token, as a sampler wants it of each token it drew: one pass, nothing kept."""
+"""Log-probability of one token per row of logits, in one pass over the row.
+
+A sampler needs it for every token that it draws. Nothing is kept for a backward pass."""
 
 from typing import Literal
 
@@ -13,23 +15,24 @@ try:
 except ImportError:  # no Triton on macOS
     triton = None
 
+BLOCK, WARPS = 16_384, 16
+"""logits per step of the loop, and warps per program. Each row is one program, which waits for loads and for a maximum
+once per step, so the steps are large."""
+
 
 def token_logprob(logits: Tensor, tokens: Tensor, *, backend: Literal["triton", "torch"] | None = None) -> Tensor:
-    """logits[i, tokens[i]] - log(sum(exp(logits[i]))), nats: [rows] float32, computed in float32.
+    """logits[i, tokens[i]] - log(sum(exp(logits[i]))) in nats: [rows] float32, computed in float32.
 
-    logits: [rows, vocabulary] of a floating dtype, the last dimension contiguous; -inf is a token that cannot be.
-    tokens: [rows], integers below the vocabulary's size. Not differentiable.
-    backend: None picks Triton on CUDA, torch elsewhere. Raises ValueError, naming what does not fit."""
+    logits: [rows, vocabulary] of a floating dtype, contiguous in the last dimension; -inf marks a forbidden token.
+    tokens: [rows] integers below the vocabulary's size. Not differentiable.
+    backend: None picks Triton on CUDA and torch elsewhere. Raises ValueError, naming the argument that does not fit."""
     if logits.dim() != 2 or tokens.shape != logits.shape[:1] or logits.stride(1) != 1 or not logits.shape[1]:
         raise ValueError(
             f"logits are {list(logits.shape)} with strides {logits.stride()}, tokens {list(tokens.shape)}: they must "
             "be [rows, vocabulary] with a contiguous last dimension, and [rows]"
         )
-    if not logits.is_floating_point() or tokens.is_floating_point() or logits.device != tokens.device:
-        raise ValueError(
-            f"logits are {logits.dtype} on {logits.device}, tokens {tokens.dtype} on {tokens.device}: they must be "
-            "floating and integers, on one device"
-        )
+    if not logits.is_floating_point() or tokens.is_floating_point():
+        raise ValueError(f"logits are {logits.dtype}, tokens {tokens.dtype}: they must be floating point and integer")
     if triton_or_torch(backend, logits, triton is not None) == "torch":
         return token_logprob_reference(logits, tokens)
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
@@ -41,13 +44,9 @@ def token_logprob(logits: Tensor, tokens: Tensor, *, backend: Literal["triton", 
 
 
 def token_logprob_reference(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The same by operations of torch, which write the row in float32 first."""
-    wide = logits.float()
-    return wide.gather(1, tokens.long()[:, None])[:, 0] - wide.logsumexp(1)
-
-
-BLOCK, WARPS = 16_384, 16
-"""logits a step: a row is one program's, and each step waits for its loads and a maximum once"""
+    """The same in plain torch, which first writes the logits in float32."""
+    logits = logits.float()
+    return logits.gather(1, tokens.long()[:, None])[:, 0] - logits.logsumexp(1)
 
 
 if triton is not None:
@@ -57,14 +56,14 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * stride
         lane = tl.arange(0, BLOCK)
-        most = -1e30  # not -inf: a block of nothing but -inf would be nan
-        sums = tl.zeros([BLOCK], dtype=tl.float32)  # relative to most, one a lane: added up once, at the end
+        maximum = -1e30  # finite, since a block that holds nothing but -inf would give NaN
+        sums = tl.zeros([BLOCK], dtype=tl.float32)  # relative to the maximum, one per lane: added up once, at the end
         for start in range(0, vocabulary, BLOCK):
             inside = start + lane < vocabulary
             x = tl.load(logits_ptr + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(most, tl.max(x, 0))
-            sums = sums * tl.exp(most - higher) + tl.exp(x - higher)
-            most = higher
+            higher = tl.maximum(maximum, tl.max(x, 0))
+            sums = sums * tl.exp(maximum - higher) + tl.exp(x - higher)
+            maximum = higher
         token = tl.load(tokens_ptr + row * token_stride)
         chosen = tl.load(logits_ptr + token).to(tl.float32)
-        tl.store(out_ptr + row, chosen - most - tl.log(tl.sum(sums, 0)))
+        tl.store(out_ptr + row, chosen - maximum - tl.log(tl.sum(sums, 0)))

@@ -31,8 +31,9 @@ def test_matches_float64(backend, dtype, options, shape):
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(301, 1536, 151_936), (2051, 3584, 32_768)])
 def test_no_worse_than_plain_fp32_logits(low_memory, tokens, hidden, vocab):
-    """Real sizes, bf16, half of the tokens confident: the errors of logps and gradient against float64 stay within
-    10% of what whole fp32 logits from the same bf16 product give (their gradient rounded to bf16, as autograd does)."""
+    """Real sizes in bf16, where half of the tokens are confident: the errors of logps and gradient against float64 are
+    at most 10% above those of whole fp32 logits from the same bf16 product, with their gradient rounded to bf16, as by
+    autograd."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, hidden, device="cuda", generator=generator)
     weight = (torch.randn(vocab, hidden, device="cuda", generator=generator) * 2 / hidden**0.5).bfloat16()
@@ -61,7 +62,7 @@ def test_no_worse_than_plain_fp32_logits(low_memory, tokens, hidden, vocab):
 
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(7, 24, 301), (2500, 512, 50_001)])
 def test_rows_without_gradient_have_the_same_values(tokens, hidden, vocab):
-    """They have a row kernel of their own. Half of them are confident, so that some tile lifts the maximum far."""
+    """They have a row kernel of their own. Half of them are confident, so that one tile raises their maximum far."""
     x, weight, bias, targets, *_ = inputs(tokens, hidden, vocab, torch.bfloat16, "cuda")
     directions = weight[targets[::2]].float()
     x[::2] = (0.1 * x[::2] + 25 * directions / directions.square().sum(1, keepdim=True)).bfloat16()

@@ -1,4 +1,4 @@
-"""The rotary embedding on a GPU: the compiled kernel is transformers' functions, rounded once, in bf16 too."""
+"""The rotary embedding on a GPU: the compiled kernel equals transformers' functions, rounded once, in bf16 too."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_values_and_gradients(size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
-    """Slices of one projection, and gradients as attention's backward lays them out."""
+    """Slices of one projection, and gradients in the layout of attention's backward pass."""
     q, k, cos, sin, upstream = inputs(2, 37, 24, 8, 128, 96, dtype, device="cuda")
     expected = run(q, k, cos, sin, upstream, None)
     together = torch.cat((q, k, k), 2)
@@ -42,7 +42,7 @@ def test_strides(dtype):
 
 
 def test_through_attention():
-    """The gradient that a fused attention hands over, whatever its strides."""
+    """The gradient that a fused attention hands over is right, whatever its strides."""
     q, k, cos, sin, _ = inputs(2, 64, 8, 2, 64, 64, torch.bfloat16, device="cuda")
     results = []
     for backend in ("triton", "torch"):

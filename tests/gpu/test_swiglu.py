@@ -1,4 +1,4 @@
-"""silu(gate) * up on a GPU: the compiled kernel, in bf16 too, against float64."""
+"""silu(gate) * up on a GPU: the compiled kernels against float64, in bf16 too."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_values_and_gradients(shape, dtype):
     g = torch.Generator("cuda").manual_seed(0)
     rounded = [(4 * torch.randn(shape, generator=g, device="cuda")).to(dtype) for _ in range(3)]
     actual = run(*rounded, dtype, None)
-    assert type(actual[0].grad_fn).__name__ == "ViewBackward0"  # of the kernel's rows
+    assert type(actual[0].grad_fn).__name__ == "ViewBackward0"  # a view of the kernel's rows
     expected = run(*(x.double() for x in rounded), torch.float64, "torch")
     tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
     for a, e in zip(actual, expected):
@@ -24,7 +24,7 @@ def test_values_and_gradients(shape, dtype):
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_backward_in_place(joined):
-    """Bit for bit what it is out of place: nothing is read after it was written over."""
+    """Equal to the bit to the backward pass out of place: nothing is read after it was overwritten."""
     g = torch.Generator("cuda").manual_seed(0)
     both, grad = (torch.randn(300, n, generator=g, device="cuda").bfloat16() for n in (2 * 14_336, 14_336))
     gate, up = both.chunk(2, -1) if joined else (half.clone() for half in both.chunk(2, -1))

@@ -1,4 +1,4 @@
-"""Log-probability of a token on a GPU: the compiled kernel against float64, and vLLM's own as oracle."""
+"""Log-probability of a token on a GPU: the compiled kernel against float64 and against vLLM's own kernel."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""Products with NF4 weights. See README.md in this folder."""
+"""Products with NF4 weights. README.md in this folder has the drawings, and says which kernel serves what."""

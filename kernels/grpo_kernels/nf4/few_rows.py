@@ -1,7 +1,8 @@
-"""`nf4_linear` for up to 16 rows of x: a program has 16 rows of W, and each of its warps streams blocks of columns.
+"""`nf4_linear` for up to 16 rows of x: a program computes 16 columns of y, and its warps share the sum over k.
 
-Warps share nothing until they add their sums, and codes go from memory to registers, so nothing is staged; x is read
-as it is, through L1. One mma.m16n8k16 takes 16 rows of W and 8 rows of x."""
+Each warp streams blocks of columns of 16 rows of W. The codes go from memory straight to the registers of the lane that
+decodes them, so nothing is staged in shared memory, and the warps meet only to add up their sums. x is read as it is,
+through the L1 cache. One mma.m16n8k16 multiplies 16 rows of W by 8 rows of x; README.md has the drawing."""
 
 from typing import Any
 
@@ -20,9 +21,9 @@ try:
 except ImportError:  # no Triton on macOS
     triton = None
 
-FOLLOWING_PROGRAMS, FOLLOWING_BYTES = 256, 12 << 20
-"""how many programs, the last ones, ask for codes of the product that follows, and for how much in all: what an H100
-reads while a norm and the kernel ahead of that product keep its memory idle, and its L2 cache holds"""
+PREFETCH_PROGRAMS, PREFETCH_BYTES = 256, 12 << 20
+"""number of programs, the last ones, that prefetch codes of the next product into the L2 cache, and number of bytes in
+all: what an H100 can read while a norm and the next product's prologue leave its memory idle, and its L2 cache holds"""
 
 
 def nf4_few_rows(
@@ -35,26 +36,26 @@ def nf4_few_rows(
     lora: Lora | None,
     gated: bool,
     multiprocessors: int,
-    following: Tensor | None = None,
+    prefetch_next: Tensor | None = None,
 ) -> Tensor:
-    """`nf4_linear` by the fused kernel: x [rows, K] of at most 16 rows in 16 bits -> [rows, N], of x's dtype.
+    """`nf4_linear` by the kernel for few rows: x [rows <= 16, K] in 16 bits -> [rows, N] in x's dtype.
 
-    tiles: as `choose_tiles` makes them for so few. lora: one that `lora_fits`. gated: rows of W are gate and up, and
-    silu(gate) * up, [rows, N / 2], is returned. multiprocessors: of the device, between which x A^T is divided.
-    following: see `nf4_linear`."""
+    tiles: those of `choose_tiles`. lora: an adapter that `lora_fits`. gated: whether the rows of W are gate and up, so
+    that silu(gate) * up, [rows, N / 2], is returned. multiprocessors: number of the device's multiprocessors, to which
+    the split sum of x A^T is adapted. prefetch_next: as for `nf4_linear`."""
     n, k = shape
     y = torch.empty(len(x), n // 2 if gated else n, dtype=x.dtype, device=x.device)
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
     shrink, expand = lora_arguments(x, lora, len(x), 16, shape, multiprocessors)
     programs = triton.cdiv(n, tiles.n)
-    ahead: dict[str, Any] = {}
-    if following is not None and tiles.pdl and following.data_ptr() % 16 == 0:  # on Hopper
-        asking = min(programs, FOLLOWING_PROGRAMS)
-        share = min(following.numel(), FOLLOWING_BYTES) // asking // 16 * 16
-        ahead = {"following_ptr": following, "following_bytes": share, "first_asking": programs - asking}
+    prefetch: dict[str, Any] = {}
+    if prefetch_next is not None and tiles.pdl and prefetch_next.data_ptr() % 16 == 0:  # pdl: only on Hopper
+        prefetchers = min(programs, PREFETCH_PROGRAMS)
+        size = min(prefetch_next.numel(), PREFETCH_BYTES) // prefetchers // 16 * 16
+        prefetch = {"next_ptr": prefetch_next, "next_bytes": size, "first_prefetcher": programs - prefetchers}
     if lora is not None:
-        prepare_kernel[(shrink["shrink_programs"],)](
+        prologue_kernel[(shrink["shrink_programs"],)](
             x, None, None, None, x.stride(0), x.stride(1), None, len(x), k, 0,
             X_ROWS=1, WIDTH=1, PDL=tiles.pdl, **shrink, num_warps=4, **tiles.launch,
         )  # fmt: skip
@@ -62,18 +63,21 @@ def nf4_few_rows(
         x, packed.view(-1).view(torch.int16), *scale_arguments(absmax), bias, y, lookup_table(x),
         len(x), x.stride(0), n, k, 1 / TABLE_SCALE[x.dtype],
         NESTED=isinstance(absmax, NestedAbsmax), WARPS=tiles.warps, COLUMNS=tiles.rows // 8, GATED=gated,
-        PDL=tiles.pdl, EMULATED=not x.is_cuda, **expand, **ahead,
+        PDL=tiles.pdl, INTERPRET=not x.is_cuda, **expand, **prefetch,
         num_warps=tiles.warps, num_stages=1, **tiles.options,
     )  # fmt: skip
     return y
 
 
 def block_ptx(dtype: torch.dtype, columns: int) -> str:
-    """PTX of a warp: 16 rows of W times 8 * columns rows of x over a block of 64 along k, four mma.m16n8k16 a column.
+    """PTX of a warp: 16 rows of W times 8 * columns rows of x over a block of 64 along k, by 4 * columns mma.m16n8k16.
 
-    Lane 4 g + t has the codes of k = 16 t to 16 t + 15 of rows g and g + 8 of W, and those k of rows g, g + 8, ... of
-    x: which k meet in one mma is free, so nothing is shuffled. Operands: 4 * columns sums (the C fragments), the two
-    rows' codes (64 bits each), 4 * columns times 64 bits of x, and `lookup_constants`."""
+    Lane 4 g + t holds the codes of k = 16 t to 16 t + 15 for the rows g and g + 8 of W, and x at these k for the rows
+    g, g + 8, ... of x. A sum over k may be taken in any order, so it does not matter which k meet in one mma, as long
+    as they are the same in W and x: nothing needs to be shuffled between lanes.
+
+    Operands: 4 * columns sums (the C fragments); the codes of the two rows, 64 bits each; x, 4 * columns times 64 bits;
+    the five `lookup_constants`."""
     results = [f"${i}" for i in range(4 * columns)]
     first = 4 * columns
     codes, x = first, first + 2
@@ -85,7 +89,7 @@ def block_ptx(dtype: torch.dtype, columns: int) -> str:
     for half in (0, 1):
         for row in (0, 1):
             out = [f"v{4 * row + i}" for i in range(4)]
-            lines += lookup_lines(dtype, TABLE_SCALE[dtype], f"w{2 * row + half}", out, constants)
+            lines += lookup_lines(dtype, f"w{2 * row + half}", out, constants)
         for pair in (0, 2):
             for column in range(columns):
                 d = ", ".join(f"d{4 * column + i}" for i in range(4))
@@ -101,7 +105,7 @@ def block_ptx(dtype: torch.dtype, columns: int) -> str:
 
 if triton is not None:
     from grpo_kernels.nf4.lookup import load_constants
-    from grpo_kernels.nf4.prologue import adapter_operands, add_product, prefetch_adapter, prepare_kernel
+    from grpo_kernels.nf4.prologue import adapter_operands, add_product, prefetch_adapter, prologue_kernel
     from grpo_kernels.swiglu import gate_times_up
 
     _BLOCK_BF16_1 = tl.constexpr(block_ptx(torch.bfloat16, 1))
@@ -115,9 +119,9 @@ if triton is not None:
     )
 
     @triton.jit
-    def _spread(scale, BLOCK: tl.constexpr, EMULATED: tl.constexpr):
-        """[lanes] of lane BLOCK of each four."""
-        if EMULATED:
+    def _spread(scale, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+        """[lanes]: in each four lanes that share a row, the scale that lane BLOCK of the four holds."""
+        if INTERPRET:
             fours = tl.reshape(scale, (scale.shape[0] // 4, 4))
             one = tl.sum(tl.where(tl.arange(0, 4)[None, :] == BLOCK, fours, 0.0), 1)
             return tl.reshape(tl.broadcast_to(one[:, None], fours.shape), scale.shape)
@@ -128,9 +132,9 @@ if triton is not None:
             return tl.inline_asm_elementwise(PTX, "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def _fence(value, EMULATED: tl.constexpr):
-        """value; loads before stay before: the compiler would issue them where they are needed, too late."""
-        if EMULATED:
+    def _fence(value, INTERPRET: tl.constexpr):
+        """Warp barrier that returns value: it keeps the loads above it from being sunk to their first use."""
+        if INTERPRET:
             return value
         else:
             return tl.inline_asm_elementwise(
@@ -138,16 +142,16 @@ if triton is not None:
             )
 
     @triton.jit
-    def _x_words(pointers):
-        """64 bits each of a lane's 16 values."""
-        words = pointers.to(tl.pointer_type(tl.int64), bitcast=True)[:, None] + tl.arange(0, 2)[None, :]
-        x0, x1 = tl.split(tl.load(words))
-        x2, x3 = tl.split(tl.load(words + 2))
+    def _load_x(pointers):
+        """A lane's 16 values of x as four int64 of four values each."""
+        quads = pointers.to(tl.pointer_type(tl.int64), bitcast=True)[:, None] + tl.arange(0, 2)[None, :]
+        x0, x1 = tl.split(tl.load(quads))
+        x2, x3 = tl.split(tl.load(quads + 2))
         return x0, x1, x2, x3
 
     @triton.jit
-    def _emulated_block(codes, x_pointers, table_ptr, WARPS: tl.constexpr):
-        """What `block_ptx` makes of eight rows of W and eight of x: two of the four sums."""
+    def _interpreted_block(codes, x_pointers, table_ptr, WARPS: tl.constexpr):
+        """What `block_ptx` computes of eight rows of W and eight of x, for the interpreter: two of the four sums."""
         k = tl.arange(0, 16)
         w = tl.load(table_ptr + ((codes[:, None] >> (4 * (k ^ 1))[None, :]) & 15))
         x = tl.load(x_pointers[:, None] + k[None, :]).to(tl.float32)
@@ -159,24 +163,24 @@ if triton is not None:
     @triton.jit
     def _block(
         codes_g, codes_h, x_pointers, x_step, table_ptr, constants,
-        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr,
+        COLUMNS: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
     ):  # fmt: skip
-        """The sums of a block for 8 or 16 rows of x, each four [lanes]."""
-        if EMULATED:
-            d0, d1 = _emulated_block(codes_g, x_pointers, table_ptr, WARPS)
-            d2, d3 = _emulated_block(codes_h, x_pointers, table_ptr, WARPS)
+        """The sums over a block of 64 along k, eight [lanes]; if COLUMNS is 1, the last four only fill the tuple."""
+        if INTERPRET:
+            d0, d1 = _interpreted_block(codes_g, x_pointers, table_ptr, WARPS)
+            d2, d3 = _interpreted_block(codes_h, x_pointers, table_ptr, WARPS)
             if COLUMNS == 2:
-                d4, d5 = _emulated_block(codes_g, x_pointers + x_step, table_ptr, WARPS)
-                d6, d7 = _emulated_block(codes_h, x_pointers + x_step, table_ptr, WARPS)
+                d4, d5 = _interpreted_block(codes_g, x_pointers + x_step, table_ptr, WARPS)
+                d6, d7 = _interpreted_block(codes_h, x_pointers + x_step, table_ptr, WARPS)
                 return d0, d1, d2, d3, d4, d5, d6, d7
             else:
                 return d0, d1, d2, d3, d0, d1, d2, d3
         else:
             BF16: tl.constexpr = x_pointers.dtype.element_ty == tl.bfloat16
-            x0, x1, x2, x3 = _x_words(x_pointers)
+            x0, x1, x2, x3 = _load_x(x_pointers)
             c0, c1, c2, c3, c4 = constants
             if COLUMNS == 2:
-                x4, x5, x6, x7 = _x_words(x_pointers + x_step)
+                x4, x5, x6, x7 = _load_x(x_pointers + x_step)
                 return tl.inline_asm_elementwise(
                     _BLOCK_BF16_2 if BF16 else _BLOCK_FP16_2, _OPERANDS_2,
                     [codes_g, codes_h, x0, x1, x2, x3, x4, x5, x6, x7, c0, c1, c2, c3, c4],
@@ -195,7 +199,7 @@ if triton is not None:
 
     @triton.jit
     def _codes(pointers):
-        """A lane's codes of four blocks, 64 bits each; they do not displace x in the L1 cache."""
+        """A lane's codes of four blocks, 64 bits each; loaded past the L1 cache, in which they would displace x."""
         return (
             tl.load(pointers, cache_modifier=".cg"), tl.load(pointers + 4, cache_modifier=".cg"),
             tl.load(pointers + 8, cache_modifier=".cg"), tl.load(pointers + 12, cache_modifier=".cg"),
@@ -203,7 +207,7 @@ if triton is not None:
 
     @triton.jit
     def _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block, NESTED: tl.constexpr):
-        """What `_scale` needs of block from memory."""
+        """What `_scale` needs from memory for the scale of a block."""
         absmax = tl.load(absmax_ptr + block)
         if NESTED:
             outer = block // 256
@@ -213,7 +217,7 @@ if triton is not None:
 
     @triton.jit
     def _scale(raw, code_ptr, NESTED: tl.constexpr):
-        """absmax, fp32."""
+        """The scale of a block, its absmax, in float32."""
         absmax, outer, offset = raw
         if NESTED:
             return tl.load(code_ptr + absmax) * outer + offset
@@ -222,13 +226,13 @@ if triton is not None:
 
     @triton.jit
     def _tile_of(s0, s1, s2, s3, WARPS: tl.constexpr):
-        """C fragments of each warp, summed over the warps: [16, 8]."""
+        """[16, 8]: the C fragments of all warps as a tile, summed over the warps."""
         tile = tl.reshape(tl.join(tl.join(s0, s1), tl.join(s2, s3)), (WARPS, 8, 4, 2, 2))  # g, t, column, row
         return tl.sum(tl.reshape(tl.permute(tile, (0, 4, 1, 2, 3)), (WARPS, 16, 8)), 0)
 
     @triton.jit
-    def _ask_for(address, size):
-        """One thread asks for size bytes from address on, a multiple of 16, in the L2 cache."""
+    def _prefetch(address, size):
+        """One thread prefetches size bytes, a multiple of 16, from address on into the L2 cache."""
         tl.inline_asm_elementwise(
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
             "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
@@ -237,22 +241,25 @@ if triton is not None:
 
     @triton.jit(
         do_not_specialize=[
-            "rows", "slices", "first_end", "second_end", "following_bytes", "first_asking",
+            "rows", "slices", "first_end", "second_end", "next_bytes", "first_prefetcher",
         ]
     )  # fmt: skip
     def _few_rows_kernel(
-        x_ptr, words_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, table_ptr,
+        x_ptr, packed_ptr, absmax_ptr, code_ptr, outer_ptr, offset_ptr, offset_stride, bias_ptr, y_ptr, table_ptr,
         rows, row_stride, N, K, factor,
         NESTED: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
-        EMULATED: tl.constexpr,
+        INTERPRET: tl.constexpr,
         b_ptr=None, shrunk_ptr=None, slices=None, first_end=None, second_end=None,
         RANK: tl.constexpr = 0, RANK_TILE: tl.constexpr = 0,
-        following_ptr=None, following_bytes=None, first_asking=None,
+        next_ptr=None, next_bytes=None, first_prefetcher=None,
     ):  # fmt: skip
-        """16 columns of y, for up to 8 * COLUMNS rows. Each warp has four blocks of 64 along k at a time, WARPS warps
-        take turns, and meet only to add their sums.
+        """16 columns of y for up to 8 * COLUMNS rows of x.
 
-        GATED: 8 columns of y's first half and the same of its second; silu(first) * second is stored."""
+        The WARPS warps take turns along k, four blocks of 64 at a time, and meet only to add up their sums. If GATED,
+        the columns are 8 of y's first half and the same 8 of its second, and silu(first) * second is stored.
+
+        packed_ptr: int16, but read as int64, each element 16 codes. next_ptr: codes that the programs from
+        first_prefetcher on prefetch, next_bytes each."""
         if PDL:
             gdc_launch_dependents()
         thread = tl.arange(0, 32 * WARPS)
@@ -269,7 +276,7 @@ if triton is not None:
         n = tl.minimum(tl.minimum(start + local % 8, width - 1) + local // 8 * apart, N - 1)
         steps = K // 256
         turns = tl.cdiv(steps, WARPS)
-        codes = words_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        codes = packed_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
         codes_g = codes + n_g.to(tl.int64) * (K // 16) + t
         codes_h = codes + n_h.to(tl.int64) * (K // 16) + t
         block_g = n_g * (K // 64) + t
@@ -282,35 +289,35 @@ if triton is not None:
         raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
         if PDL and b_ptr is not None:
             prefetch_adapter(b_ptr, n, RANK, RANK_TILE)
-        # A warp whose turns are over, or that has none, counts its last blocks no more.
+        # Warps past the end of K read their last blocks again; their scale is zero, so that they add nothing.
         scale_g = tl.where(warp < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
         scale_h = tl.where(warp < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
         if PDL and b_ptr is None:
-            gdc_wait()  # only now: what was read so far is frozen
+            gdc_wait()  # only now: what was read so far is never written, so it needed no waiting
 
-        # Rows of x beyond the last repeat it: their sums are columns of the tile that are not stored.
+        # Rows beyond the last one of x repeat it: their sums are columns of the tile that are not stored.
         x_row = tl.minimum(g, rows - 1)
         x_g = x_ptr + x_row.to(tl.int64) * row_stride + t * 16
         x_step = (tl.minimum(g + 8, rows - 1) - x_row) * row_stride
-        constants = load_constants(table_ptr, EMULATED)
+        constants = load_constants(table_ptr, INTERPRET)
         s0 = tl.zeros((32 * WARPS,), tl.float32)
         s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
         for _ in range(turns):
             now_g, now_h, own_g, own_h = next_g, next_h, scale_g, scale_h
             x_now = x_g + step * 256
-            following = step + WARPS
-            step = tl.minimum(following, steps - 1)
+            next_step = step + WARPS
+            step = tl.minimum(next_step, steps - 1)
             next_g = _codes(codes_g + step * 16)
             next_h = _codes(codes_h + step * 16)
             raw_g = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_g + step * 4, NESTED)
             raw_h = _raw_scale(absmax_ptr, outer_ptr, offset_ptr, offset_stride, block_h + step * 4, NESTED)
-            step = _fence(step, EMULATED)
+            step = _fence(step, INTERPRET)
             for i in tl.static_range(4):
                 d0, d1, d2, d3, d4, d5, d6, d7 = _block(
-                    now_g[i], now_h[i], x_now + i * 64, x_step, table_ptr, constants, COLUMNS, WARPS, EMULATED
+                    now_g[i], now_h[i], x_now + i * 64, x_step, table_ptr, constants, COLUMNS, WARPS, INTERPRET
                 )
-                f_g = _spread(own_g, i, EMULATED)
-                f_h = _spread(own_h, i, EMULATED)
+                f_g = _spread(own_g, i, INTERPRET)
+                f_h = _spread(own_h, i, INTERPRET)
                 s0 += d0 * f_g
                 s1 += d1 * f_g
                 s2 += d2 * f_h
@@ -320,13 +327,13 @@ if triton is not None:
                     s5 += d5 * f_g
                     s6 += d6 * f_h
                     s7 += d7 * f_h
-            scale_g = tl.where(following < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
-            scale_h = tl.where(following < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
+            scale_g = tl.where(next_step < steps, _scale(raw_g, code_ptr, NESTED), 0.0)
+            scale_h = tl.where(next_step < steps, _scale(raw_h, code_ptr, NESTED), 0.0)
 
-        if following_ptr is not None:  # this program's own codes have come
-            place = tl.program_id(0) - first_asking
-            if place >= 0 and following_bytes > 0:
-                _ask_for(following_ptr + place.to(tl.int64) * following_bytes, following_bytes)
+        if next_ptr is not None:  # by now this program's own codes have come
+            place = tl.program_id(0) - first_prefetcher
+            if place >= 0 and next_bytes > 0:
+                _prefetch(next_ptr + place.to(tl.int64) * next_bytes, next_bytes)
         y = _tile_of(s0, s1, s2, s3, WARPS)
         if COLUMNS == 2:
             y = tl.reshape(tl.permute(tl.join(y, _tile_of(s4, s5, s6, s7, WARPS)), (0, 2, 1)), (16, 16))
@@ -338,19 +345,20 @@ if triton is not None:
             y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
         DTYPE: tl.constexpr = y_ptr.dtype.element_ty
         if b_ptr is not None:
-            y = y.to(DTYPE).to(tl.float32)  # as where base and adapter are products apart
+            # Round here, because the trainer rounds the base product before it adds the adapter's.
+            y = y.to(DTYPE).to(tl.float32)
             for low in tl.static_range(0, RANK_TILE, 16):
                 b, s = adapter_operands(
                     b_ptr, shrunk_ptr, slices, first_end, second_end, start, n, row, low, RANK, RANK_TILE, 16
                 )  # fmt: skip
-                if GATED:  # the halves may be slices of their own
-                    y = add_product(y, tl.where((local < 8)[:, None], b, 0.0), s, EMULATED)
+                if GATED:  # gate and up may be two slices of the adapter
+                    y = add_product(y, tl.where((local < 8)[:, None], b, 0.0), s, INTERPRET)
                     b, s = adapter_operands(
                         b_ptr, shrunk_ptr, slices, first_end, second_end, start + apart, n, row, low, RANK, RANK_TILE,
                         16,
                     )  # fmt: skip
                     b = tl.where((local < 8)[:, None], 0.0, b)
-                y = add_product(y, b, s, EMULATED)
+                y = add_product(y, b, s, INTERPRET)
         y = y.to(DTYPE)
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(y, (2, 8, 8 * COLUMNS)), (1, 2, 0)))
