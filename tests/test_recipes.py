@@ -98,7 +98,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(name, data, tmp_path, capsy
     defaults = recipe.Args()
     rollout = defaults.rollout
     tokens = defaults.prompts_per_step * rollout.group_size * (256 + rollout.max_completion_tokens)
-    assert f"{tokens:,} tokens a step at most" in printed
+    assert f"{tokens:,} tokens per step at most" in printed
     with pytest.raises(ValueError, match="raise --gpu-memory-gib"):
         recipe.main(recipe_args(recipe, model=model, run_dir=tmp_path / "run", gpu_memory_gib=0.5))
     assert not (tmp_path / "run").exists()

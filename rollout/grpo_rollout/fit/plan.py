@@ -123,10 +123,10 @@ class Plan:
         inputs = "wait in the host's memory" if self.offload else "stay on the card"
         kept = f", and of {self.kept_on_gpu} their activations" if self.kept_on_gpu else ""
         lines += [
-            f"{self.tokens_per_step:,} tokens a step at most; {self.sequences} sequences decoded at a time, "
-            f"{self.micro_batch_tokens:,} tokens a micro-batch; layers' inputs {inputs}{kept}",
+            f"{self.tokens_per_step:,} tokens per step at most; {self.sequences} sequences decoded at a time, "
+            f"{self.micro_batch_tokens:,} tokens per micro-batch; layers' inputs {inputs}{kept}",
             f"forecast for one H100, every completion at its limit: {self.generate_seconds:.0f} s to generate, "
-            f"{self.train_seconds:.0f} s to train a step",
+            f"{self.train_seconds:.0f} s to train, per step",
         ]
         return "\n".join(lines)
 
