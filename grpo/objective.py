@@ -79,8 +79,7 @@ class Objective:
     entropy_bonus: float = 0.0
     """weight of the mean token entropy, which is subtracted from the loss"""
     top_entropy_quantile: float = 1.0
-    """fraction of a step's tokens, those of highest entropy, that keep their policy loss (paper: 0.2); below 1 it takes
-    a forward pass of its own before the first update"""
+    """fraction of a step's tokens, those of highest entropy, that keep their policy loss (paper: 0.2; an extra pass)"""
 
     @property
     def cap(self) -> float:
