@@ -121,8 +121,8 @@ def test_gdpo_equals_trl_normalize_then_sum():
     rewards[:, 9] = NAN
     weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
     grouped = rewards.T.reshape(3, 4, 3)  # TRL: [prompts, group, functions]
-    normalised = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
-    total = (normalised.reshape(12, 3) * weights).nansum(1)
+    normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    total = (normalized.reshape(12, 3) * weights).nansum(1)
     total[9] = NAN
     expected = ((total - total.nanmean()) / (nanstd(total) + 1e-4)).nan_to_num(0.0)
     actual = gdpo(rewards.tolist(), 4, weights.tolist())
