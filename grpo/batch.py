@@ -69,6 +69,8 @@ def make_batch(
     objective: Objective,
     max_tokens: int,
     world: World,
+    *,
+    every_gradient: bool = False,
 ) -> StepBatch:
     """Divide a step's samples into micro-batches that know the totals of the step.
 
@@ -76,8 +78,8 @@ def make_batch(
     (`grpo.advantages.sample_mask`). max_tokens: padded tokens of one micro-batch. Every rank must call it.
 
     Without KL penalty and entropy bonus a sequence of advantage 0 has no gradient under any loss of `grpo.losses`, so
-    it gets no backward pass (`MicroBatch.needs_grad`). For a loss of your own that is not proportional to the advantage
-    set needs_grad of the micro-batches to None."""
+    it gets no backward pass (`MicroBatch.needs_grad`). every_gradient: True gives it one, for a loss of your own that
+    is not proportional to the advantage; `grpo.objective.merge_metrics` refuses such a loss without it."""
     completions = [completion.token_ids for completion in samples.completions]
     counted = [ids for ids, counts in zip(completions, mask.tolist()) if counts]
     tokens, sequences = step_counts(counted, world)
@@ -91,7 +93,7 @@ def make_batch(
         device=world.device,
         keep=mask.tolist(),
     )
-    if not (objective.beta or objective.entropy_bonus):
+    if not (objective.beta or objective.entropy_bonus or every_gradient):
         micros = [micro._replace(needs_grad=rows_with_gradient(micro)) for micro in micros]
     return StepBatch(micros, tokens)
 

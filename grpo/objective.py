@@ -335,6 +335,8 @@ def token_metrics(
             if value is not None
         }
         metrics |= {name: torch.where(keep, value, 0.0).max() for name, value in maxima.items()}
+        if micro.needs_grad is not None:  # see merge_metrics
+            metrics[_SKIPPED] = torch.where(micro.needs_grad[:, None], 0.0, policy.abs()).max()
         return metrics | {"loss": loss.detach(), "policy_loss": average(policy, micro, objective)}
 
 
@@ -342,7 +344,9 @@ def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None =
     """A step's metrics from those of its micro-batches and of all ranks: sums, or maxima where a name ends in '_max'.
 
     It waits for the device once. Every rank must call it; one without micro-batches brings an empty list. A step
-    without any has the loss 0 and no other metric."""
+    without any has the loss 0 and no other metric.
+    Raises UserError where a sequence whose backward pass was skipped has a policy loss: a loss of your own that is not
+    proportional to the advantage would train on a part of its gradient only."""
     rows: list[dict[str, float]] = []
     if metrics:
         names = list(metrics[0])
@@ -351,7 +355,17 @@ def merge_metrics(metrics: Sequence[Mapping[str, Tensor]], world: World | None =
     rows = [row for of_rank in all_gather(rows, world or World()) for row in of_rank]
     if not rows:  # no sample counted in the step, as when --drop-zero-variance drops every group
         return {"loss": 0.0}
-    return {name: (max if name.endswith("_max") else sum)(row[name] for row in rows) for name in rows[0]}
+    merged = {name: (max if name.endswith("_max") else sum)(row[name] for row in rows) for name in rows[0]}
+    if merged.pop(_SKIPPED, 0.0) > 0:
+        raise UserError(
+            "a sequence of advantage 0 has a policy loss, and its backward pass was skipped: for a loss that is not "
+            "proportional to the advantage call make_batch(..., every_gradient=True)"
+        )
+    return merged
+
+
+_SKIPPED = "skipped_loss_max"
+"""name of the largest policy loss of a sequence whose backward pass was skipped; it should be 0, and is not logged"""
 
 
 # ---------------------------------------------------- averages: [batch, time] -> this micro-batch's part of the loss

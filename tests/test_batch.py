@@ -81,6 +81,8 @@ def test_a_steps_batch_knows_its_totals():
     assert [m.ids[0, :3].tolist() for m in batch.micros] == [[1, 5, 8], [1, 5, 9]]
     for objective in (Objective(beta=0.1), Objective(entropy_bonus=0.1)):
         assert all(m.needs_grad is None for m in make_batch(samples, advantages, mask, objective, 9, World()).micros)
+    every = make_batch(samples, advantages, mask, Objective(), 9, World(), every_gradient=True)
+    assert all(m.needs_grad is None for m in every.micros)
     assert make_batch(samples, advantages, ~mask[:1].expand(4), Objective(), 9, World()) == ([], 0)
 
 

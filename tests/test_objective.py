@@ -786,6 +786,26 @@ def test_policy_loss_equals_the_composition_of_the_recipes(objective):
     assert all(torch.equal(metrics[name], metrics2[name]) for name in metrics)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_whose_gradient_would_be_lost_is_refused(loss):
+    """Sequences of advantage 0 get no backward pass. None of our losses minds; one that does is noticed."""
+    b = ragged_batch(8)
+    b.advantages[[1, 4]] = 0
+    micro = as_micro(b)
+    micro = micro._replace(needs_grad=rows_with_gradient(micro))
+    objective = Objective(loss=loss)
+    log_w = log_ratio(b.logps, b.old_logps, micro)
+    losses = surrogate(b.logps, log_w, sampler_weights(b.old_logps, micro, objective), micro, objective)
+
+    def metrics(losses):
+        kl = torch.zeros_like(losses)
+        return token_metrics(losses.sum(), losses, kl, b.logps, b.old_logps, b.entropy, None, micro, objective)
+
+    assert "skipped_loss_max" not in merge_metrics([metrics(losses), metrics(losses)])
+    with pytest.raises(ValueError, match="every_gradient=True"):
+        merge_metrics([metrics(losses), metrics(losses + 0.01 * micro.mask)])
+
+
 def test_old_policy_logps():
     """One optimizer step per batch needs no pass; several take one before the first, without gradient."""
     micros = [as_micro(ragged_batch(seed)) for seed in range(2)]
