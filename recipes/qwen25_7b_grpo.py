@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from grpo.advantages import Advantage, group_rewards, per_sample, reward_baseline, reward_scale, sample_mask
 from grpo.batch import make_batch
 from grpo.distributed import all_means, init_distributed, sum_gradients
-from grpo.lazy import torch
+from grpo.lazy import torch  # imported at its first use, so that --help answers at once
 from grpo.logprobs import completion_logps
 from grpo.objective import (
     Objective,
