@@ -181,7 +181,7 @@ class Base(NamedTuple):
     """The base model, and how its weights are to be loaded."""
 
     name: str
-    """as given, or as the adapter names it"""
+    """name or folder of the base model, as it was given or as the adapter names it"""
     folder: str
     """transformers folder, or name on the hub"""
     quantized: bool
